@@ -1,0 +1,204 @@
+//! Results: everything that one run of a tool left behind, as it is stored.
+
+use minicbor::{Decode, Encode};
+
+use crate::codec::{DecodeError, Message};
+use crate::digest::{ActionKey, Digest, ResultKey};
+use crate::input::InputSet;
+
+/// Most bytes of standard output or standard error that a result may have; a run that wrote more is not
+/// stored.
+pub const MAX_STREAM_BYTES: usize = 2 << 20;
+
+/// Most outputs of one result.
+pub const MAX_OUTPUTS: usize = 10_000;
+
+/// Longest output name in bytes.
+const MAX_NAME_BYTES: usize = 1024;
+
+/// How an output's stored bytes relate to the file's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+#[cbor(index_only)]
+pub enum OutputKind {
+    /// The file's bytes.
+    #[n(0)]
+    Binary,
+    /// Roots' paths are stored as markers, and written back where the file is restored.
+    #[n(1)]
+    Text,
+}
+
+/// One file that a run left.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct Output {
+    /// Path relative to the unit's output directory: one or more plain components joined by `/`.
+    #[n(0)]
+    pub name: String,
+    /// How to restore the bytes.
+    #[n(1)]
+    pub kind: OutputKind,
+    /// Whether the file's owner may execute it.
+    #[n(2)]
+    pub executable: bool,
+    /// Digest of the stored bytes.
+    #[n(3)]
+    pub digest: Digest,
+    /// Number of stored bytes.
+    #[n(4)]
+    pub size_bytes: u64,
+}
+
+/// The blob that holds all outputs, one after the other in the order of [`StoredResult::outputs`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct Pack {
+    /// Digest of the concatenated outputs.
+    #[n(0)]
+    pub digest: Digest,
+}
+
+/// What one run left, and what it was observed to read.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct StoredResult {
+    /// Key of the action that ran.
+    #[n(0)]
+    pub action_key: ActionKey,
+    /// What it read.
+    #[n(1)]
+    pub input_set: InputSet,
+    /// What it left, in pack order: `.rmeta` before `.rlib`.
+    #[n(2)]
+    pub outputs: Vec<Output>,
+    /// Standard output, normalised.
+    #[n(3)]
+    #[cbor(with = "minicbor::bytes")]
+    pub stdout: Vec<u8>,
+    /// Standard error, normalised.
+    #[n(4)]
+    #[cbor(with = "minicbor::bytes")]
+    pub stderr: Vec<u8>,
+    /// How long the run took, in milliseconds.
+    #[n(5)]
+    pub compile_ms: u64,
+    /// Where the outputs' bytes are; `None` exactly where there are no outputs.
+    #[n(6)]
+    pub pack: Option<Pack>,
+}
+
+impl StoredResult {
+    /// The key this result is stored under.
+    #[must_use]
+    pub fn result_key(&self) -> ResultKey {
+        self.input_set.result_key(&self.action_key)
+    }
+
+    /// Bytes of all outputs together, which is the pack's uncompressed size.
+    #[must_use]
+    pub fn outputs_bytes(&self) -> u64 {
+        self.outputs.iter().fold(0, |sum, output| sum.saturating_add(output.size_bytes))
+    }
+}
+
+impl Message for StoredResult {
+    const LIMIT_BYTES: usize = 40 << 20;
+
+    fn check(&self) -> Result<(), DecodeError> {
+        self.input_set.check()?;
+        if self.stdout.len() > MAX_STREAM_BYTES || self.stderr.len() > MAX_STREAM_BYTES {
+            return Err(DecodeError::Invalid("standard output or error is too long"));
+        }
+        if self.outputs.len() > MAX_OUTPUTS {
+            return Err(DecodeError::Invalid("too many outputs"));
+        }
+        if self.outputs.is_empty() != self.pack.is_none() {
+            return Err(DecodeError::Invalid("outputs without a pack, or a pack without outputs"));
+        }
+        let mut names: Vec<&str> = self.outputs.iter().map(|output| output.name.as_str()).collect();
+        names.sort_unstable();
+        if names.windows(2).any(|pair| pair[0] == pair[1]) {
+            return Err(DecodeError::Invalid("two outputs of one name"));
+        }
+        if names.into_iter().all(is_safe_name) {
+            Ok(())
+        } else {
+            Err(DecodeError::Invalid("unsafe output name"))
+        }
+    }
+}
+
+/// Whether a name stays below the directory it is joined to, on every system.
+fn is_safe_name(name: &str) -> bool {
+    name.len() <= MAX_NAME_BYTES
+        && name.split('/').all(|component| {
+            !matches!(component, "" | "." | "..") && !component.bytes().any(|byte| matches!(byte, 0 | b'\\'))
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::codec::{decode, encode};
+
+    fn result(names: &[&str]) -> StoredResult {
+        let output = |name: &&str| Output {
+            name: (*name).to_owned(),
+            kind: OutputKind::Binary,
+            executable: false,
+            digest: Digest::of(b"x"),
+            size_bytes: 1,
+        };
+        StoredResult {
+            action_key: ActionKey::from_bytes([1; 32]),
+            input_set: InputSet::default(),
+            outputs: names.iter().map(output).collect(),
+            stdout: Vec::new(),
+            stderr: b"warning".to_vec(),
+            compile_ms: 12,
+            pack: (!names.is_empty()).then_some(Pack { digest: Digest::of(b"pack") }),
+        }
+    }
+
+    #[test]
+    fn a_result_round_trips() {
+        let result = result(&["libdemo.rmeta", "libdemo.rlib", "sub/demo.dwo"]);
+        assert_eq!(decode::<StoredResult>(&encode(&result)).unwrap(), result);
+    }
+
+    #[test]
+    fn names_that_leave_the_directory_are_refused() {
+        for name in ["", "/etc/passwd", "../x", "a/../b", "a//b", ".", "a\\b", "a\0b", "a/"] {
+            let decoded = decode::<StoredResult>(&encode(&result(&[name])));
+            assert!(matches!(decoded, Err(DecodeError::Invalid(_))), "{name:?}");
+        }
+        assert!(decode::<StoredResult>(&encode(&result(&["a", "a"]))).is_err());
+    }
+
+    #[test]
+    fn a_field_from_the_future_is_skipped() {
+        let mut bytes = encode(&result(&["a"]));
+        // A map of seven entries becomes one of eight: key 99, value [1, 2].
+        assert_eq!(bytes[0], 0xa7);
+        bytes[0] = 0xa8;
+        bytes.extend_from_slice(&[0x18, 99, 0x82, 1, 2]);
+        assert_eq!(decode::<StoredResult>(&bytes).unwrap(), result(&["a"]));
+    }
+
+    proptest! {
+        #[test]
+        fn decoding_garbage_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+            let _ = decode::<StoredResult>(&bytes);
+        }
+
+        #[test]
+        fn a_changed_byte_never_panics(index in 0usize..200, value in any::<u8>()) {
+            let mut bytes = encode(&result(&["a", "b"]));
+            let index = index % bytes.len();
+            bytes[index] = value;
+            let _ = decode::<StoredResult>(&bytes);
+        }
+    }
+}
