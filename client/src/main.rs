@@ -1,1 +1,43 @@
-fn main() {}
+//! The cachec client: `RUSTC_WRAPPER=cachec`.
+//!
+//! A unit's way: [`invocation`] (what is asked for) → [`unit`] (roots and action key) → [`agent`]'s lookup
+//! and restore → [`streams`] (replay), or run and record → [`agent`]'s upload. The [`wrapper`] is the
+//! process that cargo starts; the [`agent`] does the work and outlives it.
+//!
+//! Invariant: nothing here may break, hang or change a build. When unsure, the compiler runs.
+
+mod agent;
+mod breaker;
+mod cli;
+mod config;
+mod connect;
+mod dep_info;
+mod inputs;
+mod invocation;
+mod ipc;
+mod local;
+mod memo;
+mod notice;
+mod process;
+mod remote;
+mod report;
+mod streams;
+mod tls;
+mod toolchain;
+mod unit;
+mod wrapper;
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+use std::time::Instant;
+
+fn main() -> ExitCode {
+    let started = Instant::now();
+    let words: Vec<OsString> = std::env::args_os().skip(1).collect();
+    match words.split_first() {
+        Some((compiler, arguments)) if !cli::is_command(compiler) => {
+            wrapper::run(started, compiler, arguments)
+        }
+        _ => cli::run(),
+    }
+}

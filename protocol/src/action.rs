@@ -8,12 +8,11 @@
 //! | `tool` | included | another compiler, or another standard library, gives other outputs |
 //! | `working directory` | normalised | relative paths in the arguments start there |
 //! | `cpu` | included | `-C target-cpu=native` means this machine's features; only then is it a field |
-//! | `argument --out-dir` | left out | outputs are named relative to it |
 //! | `argument -C incremental` | left out | the client drops the flag before it runs the compiler |
 //! | `argument --diagnostic-width` | left out | an `Argument` input wherever a diagnostic was printed |
 //! | `argument --cfg` | included | a value that looks like a path is a plain string to the program |
 //! | `argument --check-cfg` | included | a value that looks like a path is a plain string to the program |
-//! | `argument {…}` | normalised | order and content of all other arguments count |
+//! | `argument {…}` | normalised | order and content of all other arguments count; `--out-dir` among them, which dep-info and notifications name |
 //! | `variable CARGO_MANIFEST_DIR` | normalised | read by macros; differs with the checkout's path |
 //! | `variable CARGO_MANIFEST_PATH` | normalised | read by macros; differs with the checkout's path |
 //! | `variable CARGO_TARGET_TMPDIR` | normalised | read by macros; differs with the target directory |
@@ -58,7 +57,6 @@ use Treatment::{Included, LeftOut, Normalised};
 
 /// The arguments that are not simply normalised.
 const ARGUMENT_RULES: &[(&str, Treatment)] = &[
-    ("--out-dir", LeftOut),
     ("-C incremental", LeftOut),
     ("--diagnostic-width", LeftOut),
     ("--cfg", Included),
@@ -212,7 +210,7 @@ mod tests {
     fn golden_action_key() {
         let environment =
             [("CARGO_PKG_VERSION", "1.0.0"), ("CARGO_MANIFEST_DIR", "/src/app"), ("PATH", "/bin")];
-        let expected = "7eebc4702ba2b74fd4b00e2610ac56b3e60c5d3859e887895af45b0be6183aa9";
+        let expected = "5e4aaa75bc29bee2fde92c172066dc66ab81f6dfbb966409cac5cee0e2ea5025";
         assert_eq!(key(LINE, &environment).to_string(), expected);
     }
 
@@ -228,9 +226,7 @@ mod tests {
 
     #[test]
     fn what_is_left_out_does_not_count() {
-        let same = LINE
-            .replace("width=80", "width=132")
-            .replace("--out-dir /src/app/target/release", "--out-dir /x");
+        let same = LINE.replace("width=80", "width=132");
         assert_eq!(key(LINE, &[]), key(&same, &[("PATH", "/usr/bin"), ("CARGO_MAKEFLAGS", "-j2")]));
         assert_eq!(key(LINE, &[]), key(&format!("{LINE} -C incremental=/x"), &[]));
     }

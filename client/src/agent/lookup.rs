@@ -1,0 +1,152 @@
+//! Finding a stored result whose inputs are what is here now, and staging its outputs.
+
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use cachec_protocol::StoredResult;
+use tokio_util::io::{StreamReader, SyncIoBridge};
+
+use super::Agent;
+use super::restore::{self, Restored};
+use crate::inputs;
+use crate::remote::Remote;
+use crate::unit::Unit;
+
+/// A download may take this long, or twice the compile that it saves.
+const FETCH_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Where a hit came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Tier {
+    Local,
+    Remote,
+}
+
+/// A staged hit.
+#[derive(Debug)]
+pub(super) struct Found {
+    pub(super) restored: Restored,
+    pub(super) tier: Tier,
+    pub(super) saved_ms: u64,
+}
+
+/// Looks in the local tier, then on the server.
+pub(super) async fn find(agent: &Arc<Agent>, unit: &Arc<Unit>) -> Option<Found> {
+    if let Some(found) = find_locally(agent, unit).await {
+        return Some(found);
+    }
+    let remote = agent.remote.as_ref().filter(|remote| !remote.reads.is_open())?;
+    find_remotely(agent, remote, unit).await
+}
+
+async fn find_locally(agent: &Arc<Agent>, unit: &Arc<Unit>) -> Option<Found> {
+    let (agent, unit) = (Arc::clone(agent), Arc::clone(unit));
+    blocking(move || {
+        let tier = agent.local.as_ref()?;
+        let result = matching(&agent, &unit, tier.manifest(&unit.action_key))?;
+        match restore::from_local(&unit, &result, tier, &agent.memo) {
+            Ok(restored) => {
+                tier.touch(&result);
+                Some(Found { restored, tier: Tier::Local, saved_ms: result.compile_ms })
+            }
+            Err(error) => {
+                restore_failed(&agent, &unit, &error);
+                None
+            }
+        }
+    })
+    .await
+}
+
+async fn find_remotely(agent: &Arc<Agent>, remote: &Remote, unit: &Arc<Unit>) -> Option<Found> {
+    let manifests = remote.lookup(vec![unit.action_key]).await.ok()?;
+    let results: Vec<StoredResult> = manifests
+        .iter()
+        .filter(|manifest| manifest.action_key == unit.action_key)
+        .flat_map(cachec_protocol::message::Manifest::readable_results)
+        .collect();
+    let result = {
+        let (agent, unit) = (Arc::clone(agent), Arc::clone(unit));
+        blocking(move || matching(&agent, &unit, results)).await?
+    };
+    let started = Instant::now();
+    let limit = FETCH_TIMEOUT.max(Duration::from_millis(result.compile_ms.saturating_mul(2)));
+    let fetched = tokio::time::timeout(limit, fetch(agent, remote, unit, &result)).await;
+    remote.spend(started);
+    match fetched.unwrap_or_else(|_| Err(io::Error::from(io::ErrorKind::TimedOut))) {
+        Ok(restored) => {
+            remote.save(result.compile_ms);
+            Some(Found { restored, tier: Tier::Remote, saved_ms: result.compile_ms })
+        }
+        Err(error) => {
+            remote.read_failed(&format!("a blob could not be restored: {error}"));
+            restore_failed(agent, unit, &error);
+            None
+        }
+    }
+}
+
+async fn fetch(
+    agent: &Arc<Agent>,
+    remote: &Remote,
+    unit: &Arc<Unit>,
+    result: &StoredResult,
+) -> io::Result<Restored> {
+    let pack = result.pack.ok_or(io::ErrorKind::InvalidData)?;
+    let stream = Box::pin(remote.blob(&pack.digest).await.map_err(io::Error::other)?);
+    let (sender, receiver) = tokio::sync::mpsc::channel(8);
+    let staging = {
+        let (agent, unit, result) = (Arc::clone(agent), Arc::clone(unit), result.clone());
+        let chunks = StreamReader::new(futures_util::stream::unfold(receiver, |mut receiver| async move {
+            let chunk: Option<io::Result<bytes::Bytes>> = receiver.recv().await;
+            chunk.map(|chunk| (chunk, receiver))
+        }));
+        let reader = SyncIoBridge::new(Box::pin(chunks));
+        tokio::task::spawn_blocking(move || {
+            restore::from_pack(&unit, &result, reader, agent.local.as_ref(), &agent.memo)
+        })
+    };
+    forward(stream, sender).await;
+    staging.await.map_err(io::Error::other)?
+}
+
+/// Hands a download to the blocking side, which stops listening where it has seen enough.
+async fn forward(
+    mut stream: impl futures_util::Stream<Item = io::Result<bytes::Bytes>> + Unpin,
+    sender: tokio::sync::mpsc::Sender<io::Result<bytes::Bytes>>,
+) {
+    use futures_util::StreamExt as _;
+    while let Some(chunk) = stream.next().await {
+        let failed = chunk.is_err();
+        if sender.send(chunk).await.is_err() || failed {
+            return;
+        }
+    }
+}
+
+/// The first of some results whose inputs are all the same now.
+fn matching(agent: &Agent, unit: &Unit, results: Vec<StoredResult>) -> Option<StoredResult> {
+    let mut first_difference = None;
+    for result in results {
+        match inputs::validate(unit, &result.input_set, &agent.memo) {
+            Ok(()) => return Some(result),
+            Err(name) => {
+                first_difference.get_or_insert_with(|| String::from_utf8_lossy(name).replace('\0', "$"));
+            }
+        }
+    }
+    if let Some(name) = first_difference {
+        *agent.statistics().changed_inputs.entry(name).or_default() += 1;
+    }
+    None
+}
+
+fn restore_failed(agent: &Agent, unit: &Unit, error: &io::Error) {
+    tracing::warn!("{} could not be restored: {error}", unit.invocation.crate_name);
+    agent.statistics().failed_restores += 1;
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Option<T> + Send + 'static) -> Option<T> {
+    tokio::task::spawn_blocking(work).await.ok().flatten()
+}

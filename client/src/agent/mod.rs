@@ -1,0 +1,170 @@
+//! The agent: the client's background process for one user and one configuration.
+//!
+//! It is started by the first wrapper with the listening socket as its standard input, holds the connection
+//! to the server, the digest memo, the upload queue and the statistics, and ends when idle or when its
+//! socket is gone.
+//!
+//! Ownership and shut-down: [`listen`] owns the socket and one task a wrapper; each task owns its unit, its
+//! staged files (removed when dropped) and its place in [`gates`]. [`publish`] owns the jobs that outlive
+//! their wrapper; an orderly end waits for them. Locks: `Statistics`, `Memo`, `Toolchains` and `Gates` are
+//! leaf mutexes; none is held across another or across an `await`.
+
+mod gates;
+mod listen;
+mod lookup;
+mod publish;
+mod record;
+mod restore;
+mod session;
+mod statistics;
+
+pub(crate) use listen::run;
+
+use std::collections::BTreeSet;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{Semaphore, watch};
+
+use crate::config::{Config, Mode};
+use crate::local::LocalTier;
+use crate::memo::Memo;
+use crate::remote::Remote;
+use crate::toolchain::Toolchains;
+use gates::Gates;
+use statistics::Statistics;
+
+/// Longest wait for uploads when a build may be over.
+pub(crate) const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Results that are packed at the same time.
+const PACKING_TASKS: usize = 2;
+
+/// Everything the agent's tasks share.
+#[derive(Debug)]
+pub(crate) struct Agent {
+    config: Config,
+    memo: Memo,
+    toolchains: Toolchains,
+    local: Option<LocalTier>,
+    remote: Option<Remote>,
+    statistics: Mutex<Statistics>,
+    gates: Gates,
+    /// Units between their request and their end.
+    active: watch::Sender<usize>,
+    /// Jobs that are not stored everywhere yet.
+    pending: watch::Sender<usize>,
+    packing: Semaphore,
+    /// Lines for the user that no wrapper has printed yet, and those that were printed.
+    notices: Mutex<(Vec<String>, BTreeSet<String>)>,
+}
+
+impl Agent {
+    fn new(config: Config, name: &str) -> Self {
+        let mut notices = Vec::new();
+        let local = config.directory.as_ref().and_then(|directory| {
+            LocalTier::open(directory, config.directory_bytes)
+                .map_err(|error| notices.push(format!("no local tier in {}: {error}", directory.display())))
+                .ok()
+        });
+        let remote = config.url.as_ref().and_then(|url| {
+            Remote::new(&config, url, name).map_err(|error| notices.push(format!("no server: {error}"))).ok()
+        });
+        let agent = Self {
+            memo: Memo::default(),
+            toolchains: Toolchains::default(),
+            local,
+            remote,
+            statistics: Mutex::default(),
+            gates: Gates::default(),
+            active: watch::Sender::new(0),
+            pending: watch::Sender::new(0),
+            packing: Semaphore::new(PACKING_TASKS),
+            notices: Mutex::default(),
+            config,
+        };
+        notices.into_iter().for_each(|notice| agent.notify(notice));
+        agent
+    }
+
+    fn statistics(&self) -> MutexGuard<'_, Statistics> {
+        self.statistics.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Queues a line for the user; each text is shown once.
+    fn notify(&self, notice: String) {
+        tracing::warn!("{notice}");
+        let mut notices = self.notices.lock().unwrap_or_else(PoisonError::into_inner);
+        if notices.1.insert(notice.clone()) {
+            notices.0.push(notice);
+        }
+    }
+
+    /// The lines to show now.
+    fn take_notices(&self) -> Vec<String> {
+        if let Some(remote) = &self.remote {
+            for (what, breaker) in [("reading", &remote.reads), ("storing", &remote.writes)] {
+                if let Some(reason) = breaker.reason() {
+                    self.notify(format!("{what} without the server for now: {reason}"));
+                }
+            }
+        }
+        std::mem::take(&mut self.notices.lock().unwrap_or_else(PoisonError::into_inner).0)
+    }
+
+    fn stores(&self) -> bool {
+        self.config.mode == Mode::ReadWrite
+    }
+
+    /// The server, where it may be written to.
+    fn writable_remote(&self) -> Option<&Remote> {
+        self.remote.as_ref().filter(|remote| self.stores() && !remote.writes.is_open())
+    }
+
+    /// Waits until nothing is left to store, or for `limit`; says whether it is done.
+    async fn drain(&self, limit: Duration) -> bool {
+        let mut pending = self.pending.subscribe();
+        tokio::time::timeout(limit, pending.wait_for(|count| *count == 0)).await.is_ok()
+    }
+
+    /// The JSON that `cachec stats` shows.
+    fn report(&self) -> String {
+        let statistics = self.statistics();
+        let mut report = serde_json::to_value(&*statistics).unwrap_or_default();
+        let count = |number: &std::sync::atomic::AtomicU64| number.load(std::sync::atomic::Ordering::Relaxed);
+        report["hit_latency"] = serde_json::json!(statistics.hit_latency());
+        report["pending"] = serde_json::json!(*self.pending.borrow());
+        report["version"] = serde_json::json!(env!("CARGO_PKG_VERSION"));
+        report["namespace"] = serde_json::json!(self.config.namespace);
+        report["local"] = serde_json::json!(self.local.as_ref().map(|tier| serde_json::json!({
+            "directory": self.config.directory.clone().unwrap_or_default(),
+            "stored_bytes": tier.stored_bytes(),
+            "limit_bytes": self.config.directory_bytes,
+        })));
+        report["remote"] = serde_json::json!(self.remote.as_ref().map(|remote| serde_json::json!({
+            "url": self.config.url,
+            "received_bytes": count(&remote.received_bytes),
+            "sent_bytes": count(&remote.sent_bytes),
+            "reads_stopped": remote.reads.reason(),
+            "writes_stopped": remote.writes.reason(),
+        })));
+        report.to_string()
+    }
+}
+
+/// A count that goes down when this is dropped.
+#[derive(Debug)]
+struct Counted(watch::Sender<usize>);
+
+impl Counted {
+    fn new(count: &watch::Sender<usize>) -> Self {
+        count.send_modify(|count| *count += 1);
+        Self(count.clone())
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.send_modify(|count| *count -= 1);
+    }
+}

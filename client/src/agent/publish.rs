@@ -1,0 +1,121 @@
+//! Storing results in the background: packing, the local tier, the upload.
+//!
+//! A job owns its open outputs and its gate. Memory is bounded: [`super::PACKING_TASKS`] jobs read and
+//! compress at a time, and a pack waits for its upload in a file where it is large.
+
+use std::io::{Read, Seek, SeekFrom};
+use std::sync::Arc;
+
+use cachec_protocol::Digest;
+use reqwest::Body;
+use tempfile::{SpooledData, SpooledTempFile};
+use tokio::sync::OwnedMutexGuard;
+use tokio_util::io::ReaderStream;
+
+use super::record::{self, OpenOutputs, Recorded};
+use super::{Agent, Counted};
+use crate::inputs::NotStorable;
+use crate::ipc::Finished;
+use crate::remote::{Remote, RemoteError};
+use crate::unit::Unit;
+
+/// More jobs than this wait only where compiling is faster than packing; then a result is forgotten.
+const MAX_PENDING: usize = 256;
+
+/// A run whose result is to be stored.
+pub(super) struct Job {
+    pub(super) unit: Arc<Unit>,
+    pub(super) finished: Finished,
+    pub(super) outputs: OpenOutputs,
+    pub(super) gate: Option<OwnedMutexGuard<()>>,
+}
+
+/// Starts storing; returns at once.
+pub(super) fn start(agent: &Arc<Agent>, job: Job) {
+    if *agent.pending.borrow() >= MAX_PENDING {
+        count_not_stored(agent, "queue-full");
+        return;
+    }
+    let counted = Counted::new(&agent.pending);
+    let agent = Arc::clone(agent);
+    tokio::spawn(async move {
+        let Job { unit, finished, outputs, gate } = job;
+        match pack(&agent, unit, finished, outputs).await {
+            Ok(recorded) => store(&agent, recorded).await,
+            Err(reason) => {
+                tracing::info!("not stored: {reason:?}");
+                count_not_stored(&agent, &reason.to_string());
+            }
+        }
+        drop((gate, counted));
+    });
+}
+
+/// Counts a compiled unit whose result is not stored.
+pub(super) fn count_not_stored(agent: &Agent, reason: &str) {
+    *agent.statistics().not_stored.entry(reason.to_owned()).or_default() += 1;
+}
+
+async fn pack(
+    agent: &Arc<Agent>,
+    unit: Arc<Unit>,
+    finished: Finished,
+    outputs: OpenOutputs,
+) -> Result<Recorded, NotStorable> {
+    let _permit = agent.packing.acquire().await.map_err(std::io::Error::other)?;
+    let agent = Arc::clone(agent);
+    tokio::task::spawn_blocking(move || {
+        let tier = agent.local.as_ref();
+        let recorded = record::record(&unit, &finished, outputs, tier, &agent.memo)?;
+        if let Some(tier) = tier {
+            tier.keep_result(&recorded.publish)?;
+        }
+        Ok(recorded)
+    })
+    .await
+    .map_err(std::io::Error::other)?
+}
+
+async fn store(agent: &Agent, recorded: Recorded) {
+    {
+        let mut statistics = agent.statistics();
+        statistics.stored += 1;
+        statistics.bound += u64::from(recorded.bound);
+    }
+    let Some(remote) = agent.writable_remote() else { return };
+    match upload(remote, recorded).await {
+        Ok(()) => agent.statistics().uploaded += 1,
+        Err(error) => {
+            tracing::warn!("a result could not be uploaded: {error}");
+            if let RemoteError::Refused { status: 507, .. } = error {
+                agent.notify(format!("storing without the server: {error}"));
+            }
+        }
+    }
+}
+
+async fn upload(remote: &Remote, recorded: Recorded) -> Result<(), RemoteError> {
+    if let (Some(pack), Some(spool)) = (recorded.publish.result.pack, recorded.pack)
+        && !remote.missing(vec![pack.digest]).await?.is_empty()
+    {
+        put_pack(remote, &pack.digest, spool).await?;
+    }
+    remote.publish(&recorded.publish).await
+}
+
+async fn put_pack(remote: &Remote, digest: &Digest, mut spool: SpooledTempFile) -> Result<(), RemoteError> {
+    let unreadable = |error: std::io::Error| RemoteError::Unreachable(format!("the spooled pack: {error}"));
+    let size_bytes = spool.seek(SeekFrom::End(0)).map_err(unreadable)?;
+    spool.seek(SeekFrom::Start(0)).map_err(unreadable)?;
+    let body = match spool.into_inner() {
+        SpooledData::InMemory(mut content) => {
+            let mut bytes = Vec::new();
+            content.read_to_end(&mut bytes).map_err(unreadable)?;
+            Body::from(bytes)
+        }
+        SpooledData::OnDisk(file) => {
+            Body::wrap_stream(ReaderStream::with_capacity(tokio::fs::File::from_std(file), 256 << 10))
+        }
+    };
+    remote.put_blob(digest, body, size_bytes).await
+}

@@ -1,0 +1,244 @@
+//! From a finished compiler run to a result and its pack.
+//!
+//! The outputs are opened before the wrapper may end, since another run may replace them at once: what is
+//! stored is one run's, whole. rustc replaces `.rlib` and `.rmeta` by renames, which an open file does not
+//! notice; dep-info it rewrites in place, so that is read at once.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom, Write};
+
+use cachec_protocol::message::PublishRequest;
+use cachec_protocol::pack::{self, UPLOAD_LEVEL};
+use cachec_protocol::result::MAX_STREAM_BYTES;
+use cachec_protocol::{
+    Digest, Input, InputKind, InputSet, Output, OutputKind, Pack, Root, StoredResult, encode,
+};
+use tempfile::{NamedTempFile, SpooledTempFile};
+
+use crate::dep_info::DepInfo;
+use crate::inputs::{self, NotStorable};
+use crate::ipc::Finished;
+use crate::local::LocalTier;
+use crate::memo::{Identity, Memo};
+use crate::unit::Unit;
+
+/// A pack up to this size stays in memory until it is uploaded; a larger one is spooled to a file.
+const SPOOL_BYTES: usize = 4 << 20;
+const CHUNK_BYTES: usize = 1 << 20;
+
+/// The outputs of a run that has just ended.
+#[derive(Debug)]
+pub(crate) struct OpenOutputs {
+    files: Vec<(String, File, Identity)>,
+    dep_info: Vec<u8>,
+}
+
+/// A result that is ready to be stored. The pack is compressed and stands at its beginning.
+#[derive(Debug)]
+pub(crate) struct Recorded {
+    pub(crate) publish: PublishRequest,
+    pub(crate) pack: Option<SpooledTempFile>,
+    pub(crate) bound: bool,
+}
+
+/// Opens what the run left.
+pub(crate) fn open_outputs(unit: &Unit) -> Result<OpenOutputs, NotStorable> {
+    let directory = unit.working_directory.join(&unit.invocation.output_directory);
+    let mut files = Vec::new();
+    let mut dep_info = Vec::new();
+    for name in unit.invocation.output_names() {
+        let mut file = File::open(directory.join(&name)).map_err(|_| NotStorable::MissingOutput)?;
+        let metadata = file.metadata()?;
+        if !metadata.is_file() {
+            return Err(NotStorable::MissingOutput);
+        }
+        if unit.invocation.dep_info_name().as_deref() == Some(name.as_str()) {
+            file.read_to_end(&mut dep_info)?;
+        }
+        files.push((name, file, Identity::of(&metadata)));
+    }
+    Ok(OpenOutputs { files, dep_info })
+}
+
+/// Hashes inputs and outputs, compresses the pack and keeps the outputs in the local tier.
+pub(crate) fn record(
+    unit: &Unit,
+    finished: &Finished,
+    outputs: OpenOutputs,
+    tier: Option<&LocalTier>,
+    memo: &Memo,
+) -> Result<Recorded, NotStorable> {
+    let dep_info = DepInfo::parse(&outputs.dep_info).map_err(|_| NotStorable::MalformedDepInfo)?;
+    let mut inputs = inputs::gather(unit, &dep_info, memo, finished.started_ns)?;
+    let normalise = |text: &[u8]| unit.roots.normalise(text).map_err(|_| NotStorable::UnnormalisablePath);
+    let stdout = normalise(finished.stdout.as_deref().map_or(&[], Vec::as_slice))?;
+    let stderr = normalise(finished.stderr.as_deref().map_or(&[], Vec::as_slice))?;
+    if stdout.len().max(stderr.len()) > MAX_STREAM_BYTES {
+        return Err(NotStorable::LargeStreams);
+    }
+    if has_diagnostics(&stderr) {
+        let flag = "--diagnostic-width";
+        let digest = unit.invocation.values(flag).last().map(Digest::of);
+        inputs.push(Input { kind: InputKind::Argument, name: flag.into(), digest });
+    }
+    let text = normalise(&outputs.dep_info)?;
+    let mut found = Vec::new();
+    for content in [&stdout, &stderr, &text] {
+        found.extend(unit.roots.found_in(content));
+    }
+    let packer = Packer::new(unit, tier, memo, &outputs, text.len() as u64)?;
+    let packed = packer.pack(outputs, &text)?;
+    found.extend(packed.found);
+    inputs.extend(found.iter().filter_map(|root| inputs::root_input(unit, *root)));
+    let bound = inputs.iter().any(|input| input.kind == InputKind::Root);
+    let result = StoredResult {
+        action_key: unit.action_key,
+        input_set: InputSet::new(inputs),
+        outputs: packed.outputs,
+        stdout,
+        stderr,
+        compile_ms: finished.compile_ms,
+        pack: Some(Pack { digest: packed.digest }),
+    };
+    let action_fields = pack::compress(&encode(&unit.action_fields), UPLOAD_LEVEL)?;
+    Ok(Recorded { publish: PublishRequest { result, action_fields }, pack: packed.spool, bound })
+}
+
+/// Whether standard error has more than the notifications of finished files.
+fn has_diagnostics(stderr: &[u8]) -> bool {
+    let notification = b"{\"$message_type\":\"artifact\"";
+    stderr.split(|byte| *byte == b'\n').any(|line| !line.is_empty() && !line.starts_with(notification))
+}
+
+struct Packed {
+    outputs: Vec<Output>,
+    digest: Digest,
+    found: Vec<Root>,
+    spool: Option<SpooledTempFile>,
+}
+
+/// Reads every output once: into its digest, the pack's digest, the pack, the local tier, and the search
+/// for roots' literal paths.
+struct Packer<'a> {
+    unit: &'a Unit,
+    tier: Option<&'a LocalTier>,
+    memo: &'a Memo,
+    encoder: zstd::Encoder<'static, SpooledTempFile>,
+    hasher: blake3::Hasher,
+    found: Vec<Root>,
+}
+
+impl<'a> Packer<'a> {
+    fn new(
+        unit: &'a Unit,
+        tier: Option<&'a LocalTier>,
+        memo: &'a Memo,
+        outputs: &OpenOutputs,
+        text_bytes: u64,
+    ) -> Result<Self, NotStorable> {
+        let dep_info = unit.invocation.dep_info_name();
+        let binary_bytes: u64 = outputs
+            .files
+            .iter()
+            .filter(|(name, ..)| dep_info.as_ref() != Some(name))
+            .map(|(_, _, identity)| identity.size_bytes)
+            .sum();
+        let spool = SpooledTempFile::new(SPOOL_BYTES);
+        let encoder = pack::compressor(spool, binary_bytes + text_bytes, UPLOAD_LEVEL)?;
+        Ok(Self { unit, tier, memo, encoder, hasher: blake3::Hasher::new(), found: Vec::new() })
+    }
+
+    fn pack(mut self, opened: OpenOutputs, text: &[u8]) -> Result<Packed, NotStorable> {
+        let dep_info = self.unit.invocation.dep_info_name();
+        let mut outputs = Vec::with_capacity(opened.files.len());
+        for (name, file, identity) in opened.files {
+            outputs.push(if dep_info.as_deref() == Some(name.as_str()) {
+                self.add_text(name, text)?
+            } else {
+                self.add_binary(name, file, identity)?
+            });
+        }
+        let mut spool = self.encoder.finish()?;
+        spool.seek(SeekFrom::Start(0))?;
+        Ok(Packed { outputs, digest: self.hasher.finalize().into(), found: self.found, spool: Some(spool) })
+    }
+
+    fn add_text(&mut self, name: String, text: &[u8]) -> Result<Output, NotStorable> {
+        self.hasher.update(text);
+        self.encoder.write_all(text)?;
+        let digest = Digest::of(text);
+        if let Some(tier) = self.tier {
+            super::restore::keep_bytes(tier, text, &digest, self.memo)?;
+        }
+        let size_bytes = text.len() as u64;
+        Ok(Output { name, kind: OutputKind::Text, executable: false, digest, size_bytes })
+    }
+
+    fn add_binary(
+        &mut self,
+        name: String,
+        mut file: File,
+        identity: Identity,
+    ) -> Result<Output, NotStorable> {
+        let mut object = self.tier.map(LocalTier::stage).transpose()?;
+        let digest = self.read_chunks(&mut file, object.as_mut())?;
+        let after = Identity::of(&file.metadata()?);
+        if !after.same_content_times(&identity) {
+            return Err(NotStorable::OutputChanged);
+        }
+        if let (Some(tier), Some(object)) = (self.tier, object) {
+            tier.keep_object(object, &digest, self.memo)?;
+        }
+        self.memo.remember(after, digest);
+        Ok(Output {
+            name,
+            kind: OutputKind::Binary,
+            executable: false,
+            digest,
+            size_bytes: identity.size_bytes,
+        })
+    }
+
+    fn read_chunks(&mut self, file: &mut File, mut object: Option<&mut NamedTempFile>) -> io::Result<Digest> {
+        let overlap = self.unit.roots.iter().map(|(_, path)| path.len() + 1).max().unwrap_or_default();
+        let mut hasher = blake3::Hasher::new();
+        // A chunk stands behind the end of the one before it, so that no path is cut in two.
+        let mut buffer = vec![0; overlap + CHUNK_BYTES];
+        let mut carried = 0;
+        loop {
+            let count = file.read(&mut buffer[carried..])?;
+            if count == 0 {
+                return Ok(hasher.finalize().into());
+            }
+            let chunk = &buffer[carried..carried + count];
+            hasher.update(chunk);
+            self.hasher.update(chunk);
+            self.encoder.write_all(chunk)?;
+            if let Some(object) = object.as_mut() {
+                object.write_all(chunk)?;
+            }
+            let filled = carried + count;
+            for root in self.unit.roots.found_in(&buffer[..filled]) {
+                if !self.found.contains(&root) {
+                    self.found.push(root);
+                }
+            }
+            carried = filled.min(overlap);
+            buffer.copy_within(filled - carried..filled, 0);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn notifications_are_no_diagnostics() {
+        let artifact = "{\"$message_type\":\"artifact\",\"artifact\":\"/x\",\"emit\":\"link\"}\n";
+        assert!(!has_diagnostics(b""));
+        assert!(!has_diagnostics(artifact.as_bytes()));
+        let diagnostic = format!("{artifact}{{\"$message_type\":\"diagnostic\"}}\n");
+        assert!(has_diagnostics(diagnostic.as_bytes()));
+    }
+}

@@ -1,0 +1,255 @@
+//! Staging a result's outputs beside their destinations.
+//!
+//! Every byte is checked against its digest before the wrapper hears of a hit. Files that nobody edits in
+//! place (an `.rlib`, which rustc replaces by a rename) may be hard links into the local tier; as their
+//! mtime is that of the first restore, this needs a fresh `.rmeta` beside them, since cargo looks at the
+//! newest output of a unit.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Path, PathBuf};
+
+use cachec_protocol::pack::Decompressor;
+use cachec_protocol::{Digest, Output, OutputKind, StoredResult};
+use tempfile::{NamedTempFile, TempPath};
+
+use crate::ipc::{Hit, Rename};
+use crate::local::{LocalTier, world_readable};
+use crate::memo::{Identity, Memo};
+use crate::unit::Unit;
+
+/// A text output is held in memory; a larger one is corrupt.
+const MAX_TEXT_BYTES: u64 = 64 << 20;
+
+/// One staged file; removed when dropped, unless the wrapper has renamed it.
+#[derive(Debug)]
+struct Staged {
+    path: TempPath,
+    destination: PathBuf,
+    identity: Identity,
+    digest: Digest,
+}
+
+/// All outputs of a result, staged.
+#[derive(Debug)]
+pub(crate) struct Restored {
+    files: Vec<Staged>,
+    stdout: Vec<u8>,
+    stderr: Vec<u8>,
+}
+
+/// Stages from the local tier.
+///
+/// # Errors
+/// Any: the caller has a miss, and nothing is left behind.
+pub(crate) fn from_local(
+    unit: &Unit,
+    result: &StoredResult,
+    tier: &LocalTier,
+    memo: &Memo,
+) -> io::Result<Restored> {
+    let stager = Stager::new(unit, result)?;
+    let mut files = Vec::with_capacity(result.outputs.len());
+    for output in &result.outputs {
+        let object = tier.object(&output.digest, memo)?;
+        files.push(match output.kind {
+            OutputKind::Text => stager.text(output, &fs::read(&object)?)?,
+            OutputKind::Binary => stager.place(output, &object)?,
+        });
+    }
+    stager.finish(files)
+}
+
+/// Stages from a pack's compressed bytes; the outputs are kept in the local tier, if there is one.
+///
+/// # Errors
+/// As [`from_local`]; `InvalidData` where the pack is not what the result says.
+pub(crate) fn from_pack(
+    unit: &Unit,
+    result: &StoredResult,
+    compressed: impl Read,
+    tier: Option<&LocalTier>,
+    memo: &Memo,
+) -> io::Result<Restored> {
+    let stager = Stager::new(unit, result)?;
+    let mut content = Decompressor::new(compressed, result.outputs_bytes())?;
+    let mut files = Vec::with_capacity(result.outputs.len());
+    for output in &result.outputs {
+        let mut part = (&mut content).take(output.size_bytes);
+        files.push(match (output.kind, tier) {
+            (OutputKind::Text, _) => {
+                let text = read_text(&mut part, output)?;
+                if let Some(tier) = tier {
+                    keep_bytes(tier, &text, &output.digest, memo)?;
+                }
+                stager.text(output, &text)?
+            }
+            (OutputKind::Binary, Some(tier)) => {
+                let mut staged = tier.stage()?;
+                copy_checked(&mut part, staged.as_file_mut(), output)?;
+                tier.keep_object(staged, &output.digest, memo)?;
+                stager.place(output, &tier.object(&output.digest, memo)?)?
+            }
+            (OutputKind::Binary, None) => {
+                let mut staged = stager.new_file(output)?;
+                copy_checked(&mut part, staged.as_file_mut(), output)?;
+                stager.staged(output, staged.into_temp_path(), output.digest)?
+            }
+        });
+    }
+    let (digest, _) = content.finish()?;
+    if result.pack.is_some_and(|pack| pack.digest == digest) { stager.finish(files) } else { Err(corrupt()) }
+}
+
+impl Restored {
+    /// The message to the wrapper.
+    pub(crate) fn to_hit(&self) -> Hit {
+        let bytes = |path: &Path| OsString::from(path).into_vec();
+        let rename =
+            |file: &Staged| Rename { staged: bytes(&file.path), destination: bytes(&file.destination) };
+        Hit {
+            renames: self.files.iter().map(rename).collect(),
+            stdout: self.stdout.clone(),
+            stderr: self.stderr.clone(),
+        }
+    }
+
+    /// After the wrapper has renamed all: remembers the digests, so that dependents need not read the files.
+    pub(crate) fn remember(self, memo: &Memo) {
+        for file in self.files {
+            if let Ok(metadata) = fs::symlink_metadata(&file.destination) {
+                let now = Identity::of(&metadata);
+                if now.same_content_times(&file.identity) {
+                    memo.remember(now, file.digest);
+                }
+            }
+            // The path is gone; there is nothing to remove.
+            let _ = file.path.keep();
+        }
+    }
+}
+
+struct Stager<'a> {
+    unit: &'a Unit,
+    result: &'a StoredResult,
+    directory: PathBuf,
+}
+
+impl<'a> Stager<'a> {
+    /// Checks that the result has exactly the outputs that this unit's own command line asks for.
+    fn new(unit: &'a Unit, result: &'a StoredResult) -> io::Result<Self> {
+        let mut stored: Vec<&str> = result.outputs.iter().map(|output| output.name.as_str()).collect();
+        let mut expected = unit.invocation.output_names();
+        stored.sort_unstable();
+        expected.sort_unstable();
+        if stored != expected {
+            return Err(corrupt());
+        }
+        Ok(Self { unit, result, directory: unit.working_directory.join(&unit.invocation.output_directory) })
+    }
+
+    fn new_file(&self, output: &Output) -> io::Result<NamedTempFile> {
+        tempfile::Builder::new()
+            .prefix(".cachec-")
+            .suffix(&format!("-{}", output.name))
+            .permissions(world_readable())
+            .tempfile_in(&self.directory)
+    }
+
+    fn staged(&self, output: &Output, path: TempPath, digest: Digest) -> io::Result<Staged> {
+        let identity = Identity::of(&fs::metadata(&path)?);
+        Ok(Staged { path, destination: self.directory.join(&output.name), identity, digest })
+    }
+
+    fn text(&self, output: &Output, stored: &[u8]) -> io::Result<Staged> {
+        if Digest::of(stored) != output.digest {
+            return Err(corrupt());
+        }
+        let text = self.expand(stored)?;
+        let mut staged = self.new_file(output)?;
+        staged.write_all(&text)?;
+        self.staged(output, staged.into_temp_path(), Digest::of(&text))
+    }
+
+    /// Clones, else hard-links where that is safe, else copies a verified object.
+    fn place(&self, output: &Output, object: &Path) -> io::Result<Staged> {
+        let mut staged = self.new_file(output)?;
+        let cloned = rustix::fs::ioctl_ficlone(staged.as_file(), File::open(object)?).is_ok();
+        if !cloned && self.may_link(output) {
+            let path = staged.into_temp_path();
+            fs::remove_file(&path)?;
+            if fs::hard_link(object, &path).is_ok() {
+                return self.staged(output, path, output.digest);
+            }
+            staged = self.new_file(output)?;
+        }
+        if !cloned {
+            // Counts and hashes again: the object may have been changed since it was verified.
+            copy_checked(&mut File::open(object)?, staged.as_file_mut(), output)?;
+        }
+        self.staged(output, staged.into_temp_path(), output.digest)
+    }
+
+    fn may_link(&self, output: &Output) -> bool {
+        output.name.ends_with(".rlib")
+            && self.result.outputs.iter().any(|other| other.name.ends_with(".rmeta"))
+    }
+
+    fn expand(&self, stored: &[u8]) -> io::Result<Vec<u8>> {
+        self.unit.roots.expand(stored).map_err(|_| corrupt())
+    }
+
+    fn finish(self, files: Vec<Staged>) -> io::Result<Restored> {
+        Ok(Restored {
+            files,
+            stdout: self.expand(&self.result.stdout)?,
+            stderr: self.expand(&self.result.stderr)?,
+        })
+    }
+}
+
+fn corrupt() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, "the stored result is not what it should be")
+}
+
+fn read_text(part: &mut impl Read, output: &Output) -> io::Result<Vec<u8>> {
+    if output.size_bytes > MAX_TEXT_BYTES {
+        return Err(corrupt());
+    }
+    let mut text = Vec::new();
+    part.read_to_end(&mut text)?;
+    Ok(text)
+}
+
+/// Stores an object's bytes in the local tier.
+///
+/// # Errors
+/// Those of writing.
+pub(crate) fn keep_bytes(tier: &LocalTier, bytes: &[u8], digest: &Digest, memo: &Memo) -> io::Result<()> {
+    let mut staged = tier.stage()?;
+    staged.write_all(bytes)?;
+    tier.keep_object(staged, digest, memo)
+}
+
+/// Copies exactly an output's bytes and checks their digest.
+fn copy_checked(source: &mut impl Read, target: &mut File, output: &Output) -> io::Result<()> {
+    let mut hasher = blake3::Hasher::new();
+    let mut buffer = vec![0; 256 << 10];
+    let mut copied_bytes = 0;
+    loop {
+        let count = source.read(&mut buffer)?;
+        if count == 0 {
+            break;
+        }
+        copied_bytes += count as u64;
+        hasher.update(&buffer[..count]);
+        target.write_all(&buffer[..count])?;
+    }
+    if copied_bytes == output.size_bytes && Digest::from(hasher.finalize()) == output.digest {
+        Ok(())
+    } else {
+        Err(corrupt())
+    }
+}

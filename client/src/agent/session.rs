@@ -1,0 +1,191 @@
+//! One wrapper's (or command's) connection.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use minicbor::{Decode, Encode};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::sync::OwnedMutexGuard;
+
+use super::lookup::{self, Found, Tier};
+use super::publish::{self, Job};
+use super::{Agent, Counted, DRAIN_TIMEOUT, record};
+use crate::invocation::Refusal;
+use crate::ipc::{self, Control, Finished, Request, Response, Run, UnitRequest};
+use crate::unit::Unit;
+
+/// How often a wrapper hears that the agent is alive; a third of what it waits for.
+const HEARTBEAT: Duration = Duration::from_millis(500);
+
+/// Serves one connection to its end.
+///
+/// # Errors
+/// Those of the socket: the wrapper is gone, or gave up. Whatever was staged for it is removed.
+pub(super) async fn serve(agent: Arc<Agent>, stream: UnixStream) -> io::Result<()> {
+    let mut connection = Connection { stream };
+    match connection.receive().await? {
+        Request::Unit(request) => serve_unit(&agent, &mut connection, request).await,
+        Request::Control(control) => serve_control(&agent, &mut connection, control).await,
+        _ => Err(io::Error::new(io::ErrorKind::InvalidData, "unexpected message")),
+    }
+}
+
+async fn serve_control(agent: &Agent, connection: &mut Connection, control: Control) -> io::Result<()> {
+    if control != Control::Statistics {
+        connection.while_working(agent.drain(DRAIN_TIMEOUT)).await?;
+    }
+    connection.send(&Response::Report(agent.report())).await
+}
+
+async fn serve_unit(agent: &Arc<Agent>, connection: &mut Connection, request: UnitRequest) -> io::Result<()> {
+    let active = Counted::new(&agent.active);
+    agent.statistics().units += 1;
+    let primary = request.environment.iter().any(|pair| pair.name == b"CARGO_PRIMARY_PACKAGE");
+    let words: Vec<Vec<u8>> = request.arguments.iter().map(|word| word.to_vec()).collect();
+    match connection.while_working(decide(agent, request)).await? {
+        Decision::Restore(found) => {
+            if !restore(agent, connection, found).await? {
+                run(connection, words, None, agent).await?;
+            }
+        }
+        Decision::Compile(unit, gate) => {
+            let arguments = unit.compiler_arguments(&words);
+            run(connection, arguments, Some((unit, gate)), agent).await?;
+        }
+        Decision::Refuse => run(connection, words, None, agent).await?,
+    }
+    drop(active);
+    // The last unit of a build is one of the packages the user asked for, and nothing runs beside it.
+    // The build's end may be the end of this machine.
+    if primary && *agent.active.borrow() == 0 {
+        let drained = connection.while_working(agent.drain(DRAIN_TIMEOUT)).await?;
+        if !drained {
+            agent.notify(format!("gave up waiting for uploads after {} s", DRAIN_TIMEOUT.as_secs()));
+        }
+    }
+    connection.send(&Response::Done(agent.take_notices())).await
+}
+
+enum Decision {
+    Restore(Found),
+    Compile(Arc<Unit>, Option<OwnedMutexGuard<()>>),
+    Refuse,
+}
+
+async fn decide(agent: &Arc<Agent>, request: UnitRequest) -> Decision {
+    let crate_name = crate_name(&request);
+    let unit = {
+        let agent = Arc::clone(agent);
+        let understand = move || Unit::new(&request, &agent.config, &agent.toolchains, &agent.memo);
+        tokio::task::spawn_blocking(understand).await.unwrap_or(Err(Refusal::Arguments))
+    };
+    let unit = match unit {
+        Ok(unit) => Arc::new(unit),
+        Err(refusal) => {
+            agent.statistics().refuse(&refusal.to_string(), &crate_name);
+            return Decision::Refuse;
+        }
+    };
+    let gate = agent.gates.pass(&unit.action_key).await;
+    match lookup::find(agent, &unit).await {
+        Some(found) => Decision::Restore(found),
+        None => {
+            agent.statistics().misses += 1;
+            Decision::Compile(unit, gate)
+        }
+    }
+}
+
+/// Has the wrapper rename what is staged; says whether it could.
+async fn restore(agent: &Agent, connection: &mut Connection, found: Found) -> io::Result<bool> {
+    connection.send(&Response::Hit(found.restored.to_hit())).await?;
+    let Request::Restored(renamed, latency_us) = connection.receive().await? else {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "unexpected message"));
+    };
+    let mut statistics = agent.statistics();
+    if !renamed {
+        statistics.failed_restores += 1;
+        return Ok(false);
+    }
+    match found.tier {
+        Tier::Local => statistics.local_hits += 1,
+        Tier::Remote => statistics.remote_hits += 1,
+    }
+    statistics.saved_ms += found.saved_ms;
+    statistics.time_hit(latency_us);
+    drop(statistics);
+    found.restored.remember(&agent.memo);
+    Ok(true)
+}
+
+/// Has the wrapper run the compiler; starts storing the result where there is a unit to record.
+async fn run(
+    connection: &mut Connection,
+    arguments: Vec<Vec<u8>>,
+    record: Option<(Arc<Unit>, Option<OwnedMutexGuard<()>>)>,
+    agent: &Arc<Agent>,
+) -> io::Result<()> {
+    let record = record.filter(|_| agent.stores());
+    let arguments = arguments.into_iter().map(Into::into).collect();
+    connection.send(&Response::Run(Run { arguments, record: record.is_some() })).await?;
+    let Request::Finished(finished) = connection.receive().await? else {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "unexpected message"));
+    };
+    if let Some((unit, gate)) = record.filter(|_| finished.succeeded) {
+        keep(agent, unit, gate, finished).await;
+    }
+    Ok(())
+}
+
+async fn keep(agent: &Arc<Agent>, unit: Arc<Unit>, gate: Option<OwnedMutexGuard<()>>, finished: Finished) {
+    if finished.stdout.is_none() || finished.stderr.is_none() {
+        publish::count_not_stored(agent, "large-streams");
+        return;
+    }
+    let opening = {
+        let unit = Arc::clone(&unit);
+        tokio::task::spawn_blocking(move || record::open_outputs(&unit)).await
+    };
+    match opening {
+        Ok(Ok(outputs)) => publish::start(agent, Job { unit, finished, outputs, gate }),
+        Ok(Err(reason)) => publish::count_not_stored(agent, &reason.to_string()),
+        Err(_) => publish::count_not_stored(agent, "internal"),
+    }
+}
+
+fn crate_name(request: &UnitRequest) -> String {
+    let mut words = request.arguments.iter().skip_while(|word| word.as_slice() != b"--crate-name");
+    words.nth(1).map(|name| String::from_utf8_lossy(name).into_owned()).unwrap_or_default()
+}
+
+struct Connection {
+    stream: UnixStream,
+}
+
+impl Connection {
+    async fn send<T: Encode<()>>(&mut self, message: &T) -> io::Result<()> {
+        self.stream.write_all(&ipc::to_bytes(message)).await
+    }
+
+    async fn receive<T: for<'b> Decode<'b, ()>>(&mut self) -> io::Result<T> {
+        let mut header = [0; 4];
+        self.stream.read_exact(&mut header).await?;
+        let mut body = vec![0; ipc::body_length(header)?];
+        self.stream.read_exact(&mut body).await?;
+        ipc::from_body(&body)
+    }
+
+    /// Awaits work and tells the wrapper meanwhile that the agent is alive. Where the wrapper is gone the
+    /// work is dropped.
+    async fn while_working<T>(&mut self, work: impl Future<Output = T>) -> io::Result<T> {
+        let mut work = std::pin::pin!(work);
+        loop {
+            tokio::select! {
+                result = &mut work => return Ok(result),
+                () = tokio::time::sleep(HEARTBEAT) => self.send(&Response::Working).await?,
+            }
+        }
+    }
+}

@@ -1,0 +1,117 @@
+//! The commands that people type.
+
+use std::fs;
+use std::io::Write;
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, bail};
+use clap::{Parser, Subcommand};
+
+use crate::config::{Config, Surroundings};
+use crate::connect::{Address, CONFIG_VARIABLE, SOCKET_VARIABLE};
+use crate::ipc::{self, Control, Request, Response};
+use crate::report;
+
+/// The first words that are commands; anything else is a compiler.
+const COMMANDS: [&str; 6] = ["agent", "flush", "help", "stats", "stop", "-"];
+
+/// A compile cache: set RUSTC_WRAPPER=cachec and build.
+#[derive(Debug, Parser)]
+#[command(name = "cachec", version, disable_help_subcommand = false)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Shows what the agent of this directory's configuration has done
+    Stats {
+        /// Prints one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// Waits until every result is stored
+    Flush,
+    /// Waits until every result is stored, and ends the agent
+    Stop,
+    /// Runs the agent; wrappers start it by themselves
+    #[command(hide = true)]
+    Agent,
+}
+
+/// Whether a first argument is one of cachec's own, rather than a compiler.
+pub(crate) fn is_command(word: &std::ffi::OsStr) -> bool {
+    word.to_str().is_some_and(|text| text.starts_with('-') || COMMANDS.contains(&text))
+}
+
+/// Runs a command.
+pub(crate) fn run() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Stats { json } => stats(json),
+        Command::Flush => ask_running(Control::Flush).map(drop),
+        Command::Stop => stop(),
+        Command::Agent => agent(),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("cachec: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn address() -> anyhow::Result<Address> {
+    Ok(Address::of(&Config::load(&Surroundings::of_this_process(None))?))
+}
+
+fn stats(json: bool) -> anyhow::Result<()> {
+    let text = match ask_running(Control::Statistics)? {
+        Some(text) => text,
+        None => fs::read_to_string(address()?.last_report()).context(
+            "no agent has run with this configuration; build something with RUSTC_WRAPPER=cachec first",
+        )?,
+    };
+    let shown = if json { format!("{text}\n") } else { report::to_text(&text)? };
+    // A reader that has seen enough is no error.
+    let _ = std::io::stdout().write_all(shown.as_bytes());
+    Ok(())
+}
+
+fn stop() -> anyhow::Result<()> {
+    if ask_running(Control::Stop)?.is_some() {
+        // The agent ends when its socket is gone.
+        address()?.abandon();
+    }
+    Ok(())
+}
+
+/// The running agent's answer; `None` where there is no agent.
+fn ask_running(control: Control) -> anyhow::Result<Option<String>> {
+    let Ok(mut stream) = address()?.connect() else { return Ok(None) };
+    ipc::send(&mut stream, &Request::Control(control)).context("the agent does not listen")?;
+    match ipc::receive(&mut stream).context("the agent does not answer")? {
+        Response::Report(text) => Ok(Some(text)),
+        _ => bail!("the agent answered something unexpected"),
+    }
+}
+
+/// What the hidden `agent` command does, in the process that a wrapper has started.
+fn agent() -> anyhow::Result<()> {
+    let by_hand = "the agent is started by wrappers, not by hand";
+    let config: Config = serde_json::from_str(&std::env::var(CONFIG_VARIABLE).context(by_hand)?)?;
+    let socket = PathBuf::from(std::env::var_os(SOCKET_VARIABLE).context(by_hand)?);
+    let stdin = std::os::fd::AsFd::as_fd(&std::io::stdin()).try_clone_to_owned()?;
+    let listener = UnixListener::from(stdin);
+    // Away from the terminal's signals. Fails only for who leads a group already, and then does not matter.
+    let _ = rustix::process::setsid();
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::new(&config.log))
+        .with_ansi(false)
+        .with_writer(std::io::stderr)
+        .init();
+    crate::agent::run(listener, config, &socket)
+}

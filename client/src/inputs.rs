@@ -1,0 +1,216 @@
+//! Input sets: gathered after a run, checked before a restore.
+//!
+//! Without a tracer the inputs of a library unit are what rustc's dep-info names (source files, files of
+//! `include!` and the like, variables of `env!`), the `--extern` files, every argument that names a file,
+//! and the content of the directories in which native libraries are searched.
+//!
+//! Invariant: what cannot be established with certainty makes the unit not stored, or not matched.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use cachec_protocol::{Digest, Input, InputKind, InputSet, Root};
+
+use crate::dep_info::DepInfo;
+use crate::memo::Memo;
+use crate::unit::Unit;
+
+/// Most files of a native search directory; one with more is a system's, not a build's.
+const MAX_NATIVE_FILES: usize = 256;
+
+/// Why a run's result is not stored.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum NotStorable {
+    #[error("unreadable-input")]
+    UnreadableInput,
+    #[error("input-changed")]
+    InputChanged,
+    #[error("large-search-path")]
+    LargeSearchPath,
+    #[error("unnormalisable-path")]
+    UnnormalisablePath,
+    #[error("missing-output")]
+    MissingOutput,
+    #[error("malformed-dep-info")]
+    MalformedDepInfo,
+    #[error("large-streams")]
+    LargeStreams,
+    #[error("output-changed")]
+    OutputChanged,
+    #[error("io-error")]
+    Io(#[from] io::Error),
+}
+
+/// Gathers what a run read, from its dep-info. `started_ns` is the start of the run: a file that changed
+/// later may not be what the compiler saw.
+pub(crate) fn gather(
+    unit: &Unit,
+    dep_info: &DepInfo,
+    memo: &Memo,
+    started_ns: i64,
+) -> Result<Vec<Input>, NotStorable> {
+    let mut inputs = Vec::new();
+    let gatherer = Gatherer { unit, memo, started_ns };
+    for file in dep_info.files.iter().map(Vec::as_slice).chain(unit.invocation.extern_files()) {
+        inputs.push(gatherer.file(file)?);
+    }
+    for argument in &unit.invocation.arguments {
+        // Of `name=path` values (profile-use=…, linker=…, target=spec.json) the last part may be a file.
+        let value = argument.value.as_deref().unwrap_or_default();
+        let path = value.rsplit(|byte| *byte == b'=').next().unwrap_or_default();
+        if unit.working_directory.join(OsStr::from_bytes(path)).is_file() {
+            inputs.push(gatherer.file(path)?);
+        }
+    }
+    for directory in unit.invocation.native_directories() {
+        gatherer.native_directory(directory, &mut inputs)?;
+    }
+    for (name, value) in &dep_info.variables {
+        gatherer.variable(name, value.as_deref(), dep_info, &mut inputs)?;
+    }
+    Ok(inputs)
+}
+
+struct Gatherer<'a> {
+    unit: &'a Unit,
+    memo: &'a Memo,
+    started_ns: i64,
+}
+
+impl Gatherer<'_> {
+    fn file(&self, path: &[u8]) -> Result<Input, NotStorable> {
+        let absolute = self.unit.working_directory.join(OsStr::from_bytes(path));
+        let before = fs::metadata(&absolute).map_err(|_| NotStorable::UnreadableInput)?;
+        let known = self.memo.recall(&crate::memo::Identity::of(&before));
+        let (digest, identity) = self.memo.digest(&absolute).map_err(|_| NotStorable::UnreadableInput)?;
+        let changed = identity.mtime_ns > self.started_ns || identity.ctime_ns > self.started_ns;
+        // A link or a rename sets the ctime alone, and this process does both with files it has hashed.
+        let only_moved = identity.mtime_ns <= self.started_ns && known.is_some();
+        if changed && !only_moved {
+            return Err(NotStorable::InputChanged);
+        }
+        self.input(InputKind::File, path, Some(digest))
+    }
+
+    fn input(&self, kind: InputKind, path: &[u8], digest: Option<Digest>) -> Result<Input, NotStorable> {
+        let name = self.unit.normalised_path(path).ok_or(NotStorable::UnnormalisablePath)?;
+        Ok(Input { kind, name, digest })
+    }
+
+    fn native_directory(&self, directory: &[u8], inputs: &mut Vec<Input>) -> Result<(), NotStorable> {
+        let path = self.unit.working_directory.join(OsStr::from_bytes(directory));
+        if !path.is_dir() {
+            inputs.push(self.input(InputKind::Absent, directory, None)?);
+            return Ok(());
+        }
+        let names = sorted_names(&path)?;
+        if names.len() > MAX_NATIVE_FILES {
+            return Err(NotStorable::LargeSearchPath);
+        }
+        inputs.push(self.input(InputKind::Listing, directory, Some(listing_digest(&names)))?);
+        for name in names {
+            let file = path.join(&name);
+            if file.is_file() {
+                inputs.push(self.file(file.as_os_str().as_bytes())?);
+            }
+        }
+        Ok(())
+    }
+
+    /// A variable that was read. Where its value names a root, and no file that was included from there
+    /// explains the reading, the output may depend on the path itself: the result is bound to the root.
+    fn variable(
+        &self,
+        name: &[u8],
+        value: Option<&[u8]>,
+        dep_info: &DepInfo,
+        inputs: &mut Vec<Input>,
+    ) -> Result<(), NotStorable> {
+        let digest = variable_digest(self.unit, value).ok_or(NotStorable::UnnormalisablePath)?;
+        inputs.push(Input { kind: InputKind::Environment, name: name.to_vec(), digest });
+        let value = value.unwrap_or_default();
+        if !self.is_explained_by_inclusion(value, dep_info) {
+            let roots = self.unit.roots.found_in(&[value, b"/"].concat());
+            inputs.extend(roots.into_iter().filter_map(|root| root_input(self.unit, root)));
+        }
+        Ok(())
+    }
+
+    fn is_explained_by_inclusion(&self, value: &[u8], dep_info: &DepInfo) -> bool {
+        let positional = self.unit.invocation.values("").next().unwrap_or_default();
+        let sources = Path::new(OsStr::from_bytes(positional)).parent().unwrap_or(Path::new(""));
+        let directory = Path::new(OsStr::from_bytes(value));
+        dep_info
+            .files
+            .iter()
+            .map(|file| Path::new(OsStr::from_bytes(file)))
+            .any(|file| directory.is_absolute() && file.starts_with(directory) && !file.starts_with(sources))
+    }
+}
+
+/// The input that binds a result to a root's present path.
+pub(crate) fn root_input(unit: &Unit, root: Root) -> Option<Input> {
+    let path = unit.roots.path(root)?;
+    Some(Input { kind: InputKind::Root, name: root.name().into(), digest: Some(Digest::of(path)) })
+}
+
+/// Whether everything the stored run read is the same now.
+///
+/// # Errors
+/// The normalised name of the first input that differs.
+pub(crate) fn validate<'s>(unit: &Unit, set: &'s InputSet, memo: &Memo) -> Result<(), &'s [u8]> {
+    set.inputs().iter().try_for_each(|input| match present_digest(unit, input, memo) {
+        Some(digest) if digest == input.digest => Ok(()),
+        _ => Err(input.name.as_slice()),
+    })
+}
+
+/// An input's digest now; `None` where it cannot be established.
+fn present_digest(unit: &Unit, input: &Input, memo: &Memo) -> Option<Option<Digest>> {
+    let path = || -> Option<PathBuf> {
+        let expanded = unit.roots.expand(&input.name).ok()?;
+        Some(PathBuf::from(OsStr::from_bytes(&expanded)))
+    };
+    match input.kind {
+        InputKind::File => Some(Some(memo.digest(&path()?).ok()?.0)),
+        InputKind::Absent => match fs::symlink_metadata(path()?) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Some(None),
+            _ => None,
+        },
+        InputKind::Listing => Some(Some(listing_digest(&sorted_names(&path()?).ok()?))),
+        InputKind::Environment => variable_digest(unit, unit.variable(&input.name)),
+        InputKind::Argument => {
+            let flag = std::str::from_utf8(&input.name).ok()?;
+            Some(unit.invocation.values(flag).last().map(Digest::of))
+        }
+        InputKind::Root => Some(Some(Digest::of(unit.roots.path(Root::from_name(&input.name)?)?))),
+    }
+}
+
+/// Digest of a variable's normalised value: `Some(None)` where it is not set, `None` where it cannot be
+/// normalised.
+fn variable_digest(unit: &Unit, value: Option<&[u8]>) -> Option<Option<Digest>> {
+    match value {
+        Some(value) => Some(Some(Digest::of(&unit.roots.normalise(value).ok()?))),
+        None => Some(None),
+    }
+}
+
+fn sorted_names(directory: &Path) -> io::Result<Vec<std::ffi::OsString>> {
+    let mut names =
+        fs::read_dir(directory)?.map(|entry| Ok(entry?.file_name())).collect::<io::Result<Vec<_>>>()?;
+    names.sort_unstable();
+    Ok(names)
+}
+
+fn listing_digest(names: &[std::ffi::OsString]) -> Digest {
+    let mut hasher = blake3::Hasher::new();
+    for name in names {
+        hasher.update(name.as_bytes());
+        hasher.update(&[0]);
+    }
+    hasher.finalize().into()
+}

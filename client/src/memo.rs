@@ -1,0 +1,151 @@
+//! The digest memo: file identity → digest, so that an unchanged file is read once.
+//!
+//! Identity is device, inode, size, mtime and ctime. A file that changed within the last clock tick is
+//! hashed but not remembered: another change in the same tick would not show.
+//!
+//! Locks: one mutex, never held while a file is read.
+
+use std::collections::HashMap;
+use std::fs::{File, Metadata};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use cachec_protocol::Digest;
+
+/// Longer than the coarsest tick of the clock that file systems take their times from.
+const CLOCK_TICK_NS: i64 = 20_000_000;
+
+/// More files than any build has; a full memo starts again.
+const MAX_ENTRIES: usize = 500_000;
+
+/// What tells that a file's content is the same as before, short of reading it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Identity {
+    device: u64,
+    inode: u64,
+    pub(crate) size_bytes: u64,
+    pub(crate) mtime_ns: i64,
+    pub(crate) ctime_ns: i64,
+}
+
+impl Identity {
+    pub(crate) fn of(metadata: &Metadata) -> Self {
+        Self {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            size_bytes: metadata.len(),
+            mtime_ns: metadata.mtime().saturating_mul(1_000_000_000).saturating_add(metadata.mtime_nsec()),
+            ctime_ns: metadata.ctime().saturating_mul(1_000_000_000).saturating_add(metadata.ctime_nsec()),
+        }
+    }
+
+    /// Whether only the ctime may differ, as after a rename or a new hard link.
+    pub(crate) fn same_content_times(&self, other: &Self) -> bool {
+        Self { ctime_ns: other.ctime_ns, ..*self } == *other
+    }
+
+    fn is_older_than_tick(&self, now_ns: i64) -> bool {
+        self.mtime_ns.max(self.ctime_ns) < now_ns.saturating_sub(CLOCK_TICK_NS)
+    }
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(crate) struct Memo {
+    entries: Mutex<HashMap<(u64, u64), (Identity, Digest)>>,
+}
+
+impl Memo {
+    /// Digest of the regular file at `path`, following links, with the identity it was hashed under.
+    ///
+    /// # Errors
+    /// Those of opening and reading; `InvalidInput` for what is no regular file; `Interrupted` where the
+    /// file changed while it was read.
+    pub(crate) fn digest(&self, path: &Path) -> io::Result<(Digest, Identity)> {
+        let metadata = std::fs::metadata(path)?;
+        if !metadata.is_file() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
+        }
+        let identity = Identity::of(&metadata);
+        match self.recall(&identity) {
+            Some(digest) => Ok((digest, identity)),
+            None => self.hash(&File::open(path)?),
+        }
+    }
+
+    fn hash(&self, file: &File) -> io::Result<(Digest, Identity)> {
+        let identity = Identity::of(&file.metadata()?);
+        let mut hasher = blake3::Hasher::new();
+        hasher.update_reader(file)?;
+        if Identity::of(&file.metadata()?) != identity {
+            return Err(io::Error::new(io::ErrorKind::Interrupted, "the file changed while it was read"));
+        }
+        let digest = Digest::from(hasher.finalize());
+        if identity.is_older_than_tick(now_ns()) {
+            self.remember(identity, digest);
+        }
+        Ok((digest, identity))
+    }
+
+    /// The digest of a file of exactly this identity, if known.
+    pub(crate) fn recall(&self, identity: &Identity) -> Option<Digest> {
+        let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        let (known, digest) = entries.get(&(identity.device, identity.inode))?;
+        (known == identity).then_some(*digest)
+    }
+
+    /// Remembers the digest of content that the caller itself wrote or read under that identity.
+    pub(crate) fn remember(&self, identity: Identity, digest: Digest) {
+        let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        if entries.len() >= MAX_ENTRIES {
+            entries.clear();
+        }
+        entries.insert((identity.device, identity.inode), (identity, digest));
+    }
+}
+
+/// The wall clock in nanoseconds since the epoch, which is what file times are compared with.
+pub(crate) fn now_ns() -> i64 {
+    let elapsed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(elapsed.as_nanos()).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn a_changed_file_is_hashed_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a");
+        let memo = Memo::default();
+        std::fs::write(&path, "one").unwrap();
+        assert_eq!(memo.digest(&path).unwrap().0, Digest::of(b"one"));
+        std::fs::write(&path, "two").unwrap();
+        assert_eq!(memo.digest(&path).unwrap().0, Digest::of(b"two"));
+    }
+
+    #[test]
+    fn a_file_of_the_present_tick_is_not_remembered() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a");
+        let memo = Memo::default();
+        std::fs::write(&path, "one").unwrap();
+        let (_, identity) = memo.digest(&path).unwrap();
+        assert_eq!(memo.recall(&identity), None);
+        std::thread::sleep(Duration::from_millis(40));
+        memo.digest(&path).unwrap();
+        assert_eq!(memo.recall(&identity), Some(Digest::of(b"one")));
+    }
+
+    #[test]
+    fn what_is_no_file_is_an_error() {
+        assert!(Memo::default().digest(Path::new("/")).is_err());
+        assert!(Memo::default().digest(Path::new("/nowhere/at/all")).is_err());
+    }
+}

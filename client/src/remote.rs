@@ -1,0 +1,367 @@
+//! The server, as the agent sees it: every call bounded in time, and none after repeated failures.
+//!
+//! Invariants:
+//! - A call that failed tells the [`Breaker`] of its direction (reads, writes). An open breaker answers at
+//!   once, for the agent's life; new agents respect it for [`BREAKER_TTL`].
+//! - When the calls of a build have cost more time than the compiles they saved, reads stop.
+//! - Nothing that the server says is believed: bodies are bounded, digests are checked by the caller.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use cachec_protocol::codec::Message;
+use cachec_protocol::message::{
+    BlobList, CBOR, ErrorBody, LookupRequest, LookupResponse, Manifest, PROTOCOL_HEADER, PROTOCOL_VERSION,
+    PublishRequest, ZSTD,
+};
+use cachec_protocol::{ActionKey, Digest, decode, encode};
+use futures_util::{Stream, StreamExt};
+use reqwest::header::{CONTENT_LENGTH, CONTENT_TYPE};
+use reqwest::{Body, Method, Response, StatusCode};
+
+use crate::breaker::Breaker;
+use crate::config::{Config, Token};
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+/// For a lookup, and for the first byte of any answer.
+const LOOKUP_TIMEOUT: Duration = Duration::from_secs(2);
+/// Longest pause within a body.
+const STALL_TIMEOUT: Duration = Duration::from_secs(2);
+/// An upload may take this long, and a second more for each [`UPLOAD_BYTES_PER_SECOND`].
+const UPLOAD_TIMEOUT: Duration = Duration::from_secs(10);
+const UPLOAD_BYTES_PER_SECOND: u64 = 100_000;
+/// Time that reads may cost before they have saved any.
+const READ_GRACE_MS: u64 = 15_000;
+/// Flow-control windows: what a 1 Gbit/s line with 20 ms round trip holds, and more for the connection.
+const STREAM_WINDOW_BYTES: u32 = 4 << 20;
+const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
+
+/// Why a call brought nothing.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RemoteError {
+    #[error("not asked, after earlier failures")]
+    BreakerOpen,
+    #[error("{0}")]
+    Unreachable(String),
+    #[error("no answer within {} s", .0.as_secs())]
+    TimedOut(Duration),
+    #[error("it refuses the token (HTTP {0})")]
+    Unauthorised(u16),
+    #[error("what answers there is not a cachec server that speaks protocol {PROTOCOL_VERSION}")]
+    Foreign,
+    #[error("it does not have the blob")]
+    Absent,
+    #[error("HTTP {status}: {message}")]
+    Refused { status: u16, message: String },
+    #[error("its answer is malformed: {0}")]
+    Malformed(String),
+}
+
+impl RemoteError {
+    /// Whether the server is in trouble, rather than this one request.
+    fn is_failure(&self) -> bool {
+        match self {
+            Self::BreakerOpen | Self::Absent => false,
+            Self::Refused { status, .. } => *status >= 500,
+            _ => true,
+        }
+    }
+
+    /// Whether asking again is pointless.
+    fn is_final(&self) -> bool {
+        matches!(self, Self::Unauthorised(_) | Self::Foreign)
+    }
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Remote {
+    /// HTTP/2, by prior knowledge where there is no TLS to negotiate it.
+    http: reqwest::Client,
+    /// For a plain-text server, or a proxy before it, that speaks HTTP/1.1 alone.
+    http1: reqwest::Client,
+    use_http1: AtomicBool,
+    /// `URL/v1/namespace`.
+    base: String,
+    token: Option<Token>,
+    pub(crate) reads: Breaker,
+    pub(crate) writes: Breaker,
+    spent_ms: AtomicU64,
+    saved_ms: AtomicU64,
+    pub(crate) received_bytes: AtomicU64,
+    pub(crate) sent_bytes: AtomicU64,
+}
+
+impl Remote {
+    /// Prepares for calls; connects with the first one.
+    ///
+    /// # Errors
+    /// A text where TLS cannot be set up.
+    pub(crate) fn new(config: &Config, url: &str, breaker_file: &str) -> Result<Self, String> {
+        let builder = || {
+            reqwest::Client::builder()
+                .tls_backend_preconfigured(crate::tls::client_config())
+                .connect_timeout(CONNECT_TIMEOUT)
+                .tcp_nodelay(true)
+                .redirect(reqwest::redirect::Policy::none())
+                .user_agent(concat!("cachec/", env!("CARGO_PKG_VERSION")))
+        };
+        let mut http2 = builder()
+            .http2_initial_stream_window_size(STREAM_WINDOW_BYTES)
+            .http2_initial_connection_window_size(CONNECTION_WINDOW_BYTES);
+        if url.starts_with("http:") {
+            http2 = http2.http2_prior_knowledge();
+        }
+        let file = |direction: &str| -> PathBuf {
+            config.runtime_directory.join(format!("{breaker_file}.{direction}"))
+        };
+        Ok(Self {
+            http: http2.build().map_err(|error| describe(&error))?,
+            http1: builder().http1_only().build().map_err(|error| describe(&error))?,
+            use_http1: AtomicBool::new(false),
+            base: format!("{url}/v{PROTOCOL_VERSION}/{}", config.namespace),
+            token: config.token.clone(),
+            reads: Breaker::new(file("reads")),
+            writes: Breaker::new(file("writes")),
+            spent_ms: AtomicU64::new(0),
+            saved_ms: AtomicU64::new(0),
+            received_bytes: AtomicU64::new(0),
+            sent_bytes: AtomicU64::new(0),
+        })
+    }
+
+    /// The manifests of those keys that the server knows.
+    ///
+    /// # Errors
+    /// See [`RemoteError`]; the caller has a miss.
+    pub(crate) async fn lookup(&self, action_keys: Vec<ActionKey>) -> Result<Vec<Manifest>, RemoteError> {
+        let started = Instant::now();
+        let body = encode(&LookupRequest { action_keys });
+        let outcome = within(LOOKUP_TIMEOUT, async {
+            let response = self.call(&self.reads, Call::post("lookup", body)).await?;
+            let bytes = self.read_whole(response, LookupResponse::LIMIT_BYTES).await?;
+            decode::<LookupResponse>(&bytes).map_err(|error| RemoteError::Malformed(error.to_string()))
+        })
+        .await;
+        self.spend(started);
+        Ok(self.settle(&self.reads, outcome)?.manifests)
+    }
+
+    /// A blob's compressed bytes.
+    ///
+    /// # Errors
+    /// See [`RemoteError`]; an error within the stream must be reported with [`Self::read_failed`].
+    pub(crate) async fn blob(
+        &self,
+        digest: &Digest,
+    ) -> Result<impl Stream<Item = io::Result<Bytes>> + Send + use<'_>, RemoteError> {
+        let path = format!("blobs/{digest}");
+        let get = Call {
+            method: Method::GET,
+            path: &path,
+            media_type: ZSTD,
+            body: Body::default(),
+            size_bytes: None,
+        };
+        let response = self.settle(&self.reads, within(LOOKUP_TIMEOUT, self.call(&self.reads, get)).await)?;
+        let stream = response.bytes_stream();
+        Ok(futures_util::stream::unfold(Box::pin(stream), move |mut stream| async move {
+            let item = match tokio::time::timeout(STALL_TIMEOUT, stream.next()).await {
+                Ok(None) => return None,
+                Ok(Some(Ok(bytes))) => {
+                    self.received_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+                    Ok(bytes)
+                }
+                Ok(Some(Err(error))) => Err(io::Error::other(describe(&error))),
+                Err(_) => Err(io::Error::from(io::ErrorKind::TimedOut)),
+            };
+            Some((item, stream))
+        }))
+    }
+
+    /// The blobs of a list that the server does not have.
+    ///
+    /// # Errors
+    /// See [`RemoteError`]; the result is not uploaded.
+    pub(crate) async fn missing(&self, digests: Vec<Digest>) -> Result<Vec<Digest>, RemoteError> {
+        let body = encode(&BlobList { digests });
+        let outcome = within(LOOKUP_TIMEOUT, async {
+            let response = self.call(&self.writes, Call::post("blobs/missing", body)).await?;
+            let bytes = self.read_whole(response, BlobList::LIMIT_BYTES).await?;
+            decode::<BlobList>(&bytes).map_err(|error| RemoteError::Malformed(error.to_string()))
+        })
+        .await;
+        Ok(self.settle(&self.writes, outcome)?.digests)
+    }
+
+    /// Uploads a blob of that many compressed bytes.
+    ///
+    /// # Errors
+    /// See [`RemoteError`]; the result is not uploaded.
+    pub(crate) async fn put_blob(
+        &self,
+        digest: &Digest,
+        body: Body,
+        size_bytes: u64,
+    ) -> Result<(), RemoteError> {
+        let path = format!("blobs/{digest}");
+        self.put(Call {
+            method: Method::PUT,
+            path: &path,
+            media_type: ZSTD,
+            body,
+            size_bytes: Some(size_bytes),
+        })
+        .await
+    }
+
+    /// Publishes a result whose blobs are uploaded.
+    ///
+    /// # Errors
+    /// See [`RemoteError`]; the result is not stored.
+    pub(crate) async fn publish(&self, request: &PublishRequest) -> Result<(), RemoteError> {
+        let body = encode(request);
+        let size_bytes = Some(body.len() as u64);
+        let path = format!("results/{}", request.result.result_key());
+        self.put(Call { method: Method::PUT, path: &path, media_type: CBOR, body: body.into(), size_bytes })
+            .await
+    }
+
+    async fn put(&self, call: Call<'_>) -> Result<(), RemoteError> {
+        let size_bytes = call.size_bytes.unwrap_or_default();
+        let limit = UPLOAD_TIMEOUT + Duration::from_secs(size_bytes / UPLOAD_BYTES_PER_SECOND);
+        self.settle(&self.writes, within(limit, self.call(&self.writes, call)).await)?;
+        self.sent_bytes.fetch_add(size_bytes, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Reports that a body which the server sent was cut off, or not what it should be.
+    pub(crate) fn read_failed(&self, message: &str) {
+        let _ = self.settle::<()>(&self.reads, Err(RemoteError::Malformed(message.to_owned())));
+    }
+
+    /// Counts waiting, which must not outgrow what was saved.
+    pub(crate) fn spend(&self, started: Instant) {
+        let elapsed_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let spent_ms = self.spent_ms.fetch_add(elapsed_ms, Ordering::Relaxed) + elapsed_ms;
+        if spent_ms > READ_GRACE_MS.saturating_add(self.saved_ms.load(Ordering::Relaxed)) {
+            self.reads.open(&format!("waiting for {} has cost more time than it saved", self.base));
+        }
+    }
+
+    /// Counts a compile that was not needed.
+    pub(crate) fn save(&self, compile_ms: u64) {
+        self.saved_ms.fetch_add(compile_ms, Ordering::Relaxed);
+    }
+
+    fn settle<T>(&self, breaker: &Breaker, outcome: Result<T, RemoteError>) -> Result<T, RemoteError> {
+        match &outcome {
+            Ok(_) => breaker.succeeded(),
+            Err(error) if error.is_final() => breaker.open(&format!("{}: {error}", self.base)),
+            Err(error) if error.is_failure() => breaker.failed(&format!("{}: {error}", self.base)),
+            Err(_) => {}
+        }
+        outcome
+    }
+
+    async fn call(&self, breaker: &Breaker, call: Call<'_>) -> Result<Response, RemoteError> {
+        if breaker.is_open() {
+            return Err(RemoteError::BreakerOpen);
+        }
+        let client = if self.use_http1.load(Ordering::Relaxed) { &self.http1 } else { &self.http };
+        let mut request = client
+            .request(call.method, format!("{}/{}", self.base, call.path))
+            .header(CONTENT_TYPE, call.media_type)
+            .body(call.body);
+        if let Some(size_bytes) = call.size_bytes {
+            request = request.header(CONTENT_LENGTH, size_bytes);
+        }
+        if let Some(token) = &self.token {
+            request = request.bearer_auth(token.expose());
+        }
+        match request.send().await {
+            Ok(response) => check(response).await,
+            Err(error) => {
+                if !error.is_connect() && !error.is_timeout() {
+                    // Perhaps no HTTP/2 there; the next call tries the older version.
+                    self.use_http1.store(self.base.starts_with("http:"), Ordering::Relaxed);
+                }
+                Err(RemoteError::Unreachable(describe(&error)))
+            }
+        }
+    }
+
+    async fn read_whole(&self, response: Response, limit_bytes: usize) -> Result<Vec<u8>, RemoteError> {
+        let mut stream = response.bytes_stream();
+        let mut bytes = Vec::new();
+        while let Some(chunk) = stream.next().await {
+            let chunk = chunk.map_err(|error| RemoteError::Unreachable(describe(&error)))?;
+            if bytes.len() + chunk.len() > limit_bytes {
+                return Err(RemoteError::Malformed("longer than any such answer".to_owned()));
+            }
+            bytes.extend_from_slice(&chunk);
+        }
+        self.received_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        Ok(bytes)
+    }
+}
+
+/// One request.
+struct Call<'a> {
+    method: Method,
+    /// Below the namespace.
+    path: &'a str,
+    media_type: &'static str,
+    body: Body,
+    /// Length of a body that is streamed.
+    size_bytes: Option<u64>,
+}
+
+impl<'a> Call<'a> {
+    fn post(path: &'a str, body: Vec<u8>) -> Self {
+        Self { method: Method::POST, path, media_type: CBOR, body: body.into(), size_bytes: None }
+    }
+}
+
+async fn within<T>(
+    limit: Duration,
+    call: impl Future<Output = Result<T, RemoteError>>,
+) -> Result<T, RemoteError> {
+    tokio::time::timeout(limit, call).await.unwrap_or(Err(RemoteError::TimedOut(limit)))
+}
+
+/// Turns answers other than success into errors.
+async fn check(response: Response) -> Result<Response, RemoteError> {
+    let status = response.status();
+    let versions = response.headers().get(PROTOCOL_HEADER).and_then(|value| value.to_str().ok());
+    let speaks =
+        versions.is_some_and(|list| list.split(',').any(|version| version.trim() == PROTOCOL_VERSION));
+    match status {
+        // A proxy in front answers these without the server's header.
+        StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Err(RemoteError::Unauthorised(status.as_u16())),
+        status if status.is_server_error() => Err(refusal(response).await),
+        _ if !speaks => Err(RemoteError::Foreign),
+        status if status.is_success() => Ok(response),
+        StatusCode::NOT_FOUND => Err(RemoteError::Absent),
+        _ => Err(refusal(response).await),
+    }
+}
+
+async fn refusal(response: Response) -> RemoteError {
+    let status = response.status().as_u16();
+    let body = response.bytes().await.ok().and_then(|bytes| decode::<ErrorBody>(&bytes).ok());
+    let message = body.map_or_else(|| "no reason given".to_owned(), |body| body.message);
+    RemoteError::Refused { status, message }
+}
+
+/// The innermost cause, which is what a person can act on; without the URL, which is said already.
+fn describe(error: &reqwest::Error) -> String {
+    let mut cause: &dyn std::error::Error = error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    cause.to_string()
+}
