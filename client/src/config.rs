@@ -101,7 +101,7 @@ pub(crate) struct Config {
     pub(crate) extra_variables: Vec<String>,
     /// Filter for the agent's log, in the syntax of `tracing`'s `EnvFilter`.
     pub(crate) log: String,
-    /// Variables that TLS and proxy set-up read; part of the configuration since the agent needs them.
+    /// Variables that TLS and proxy set-up read, for the agent; they do not name it.
     pub(crate) network_variables: Vec<(String, String)>,
 }
 

@@ -51,7 +51,9 @@ impl Address {
     /// The address of this program's agent for a configuration.
     pub(crate) fn of(config: &Config) -> Self {
         let program = fs::metadata("/proc/self/exe").map(|exe| (exe.ino(), exe.mtime_nsec(), exe.len())).ok();
-        let text = format!("{}\n{program:?}\n{}", env!("CARGO_PKG_VERSION"), to_json(config));
+        // Cargo sets certificate variables for what it starts, so a shell's command has others.
+        let named = Config { network_variables: Vec::new(), ..config.clone() };
+        let text = format!("{}\n{program:?}\n{}", env!("CARGO_PKG_VERSION"), to_json(&named));
         let name = Digest::of(text.as_bytes()).to_string();
         Self { socket: config.runtime_directory.join(format!("{}.sock", &name[..16])) }
     }

@@ -8,6 +8,7 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -89,6 +90,8 @@ pub(crate) struct Remote {
     token: Option<Token>,
     pub(crate) reads: Breaker,
     pub(crate) writes: Breaker,
+    /// The first failure, in the user's words.
+    failure: OnceLock<String>,
     spent_ms: AtomicU64,
     saved_ms: AtomicU64,
     pub(crate) received_bytes: AtomicU64,
@@ -126,6 +129,7 @@ impl Remote {
             token: config.token.clone(),
             reads: Breaker::new(file("reads")),
             writes: Breaker::new(file("writes")),
+            failure: OnceLock::new(),
             spent_ms: AtomicU64::new(0),
             saved_ms: AtomicU64::new(0),
             received_bytes: AtomicU64::new(0),
@@ -257,11 +261,24 @@ impl Remote {
         self.saved_ms.fetch_add(compile_ms, Ordering::Relaxed);
     }
 
+    /// Why the server was of no help, as soon as it was not once.
+    pub(crate) fn complaint(&self) -> Option<String> {
+        let failure = self.failure.get().cloned();
+        failure.or_else(|| self.reads.reason()).or_else(|| self.writes.reason())
+    }
+
     fn settle<T>(&self, breaker: &Breaker, outcome: Result<T, RemoteError>) -> Result<T, RemoteError> {
         match &outcome {
             Ok(_) => breaker.succeeded(),
-            Err(error) if error.is_final() => breaker.open(&format!("{}: {error}", self.base)),
-            Err(error) if error.is_failure() => breaker.failed(&format!("{}: {error}", self.base)),
+            Err(error) if error.is_failure() => {
+                let reason = format!("{}: {error}", self.base);
+                if error.is_final() {
+                    breaker.open(&reason);
+                } else {
+                    breaker.failed(&reason);
+                }
+                let _ = self.failure.set(reason);
+            }
             Err(_) => {}
         }
         outcome

@@ -1,5 +1,5 @@
-//! TLS: rustls with the certificate authorities built in, or those that `SSL_CERT_FILE` or `SSL_CERT_DIR`
-//! name. The system's store is not asked: a container may have none.
+//! TLS: rustls with the certificate authorities that `SSL_CERT_FILE` or `SSL_CERT_DIR` name (cargo sets
+//! these to the system's for what it starts), or else those built in: a container may have none.
 
 use std::sync::Arc;
 
@@ -10,7 +10,8 @@ pub(crate) fn client_config() -> ClientConfig {
     let mut roots = RootCertStore::empty();
     if ["SSL_CERT_FILE", "SSL_CERT_DIR"].iter().any(|name| std::env::var_os(name).is_some()) {
         roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
-    } else {
+    }
+    if roots.is_empty() {
         roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
     }
     let provider = Arc::new(rustls::crypto::ring::default_provider());

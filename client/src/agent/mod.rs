@@ -102,12 +102,8 @@ impl Agent {
 
     /// The lines to show now.
     fn take_notices(&self) -> Vec<String> {
-        if let Some(remote) = &self.remote {
-            for (what, breaker) in [("reading", &remote.reads), ("storing", &remote.writes)] {
-                if let Some(reason) = breaker.reason() {
-                    self.notify(format!("{what} without the server for now: {reason}"));
-                }
-            }
+        if let Some(complaint) = self.remote.as_ref().and_then(Remote::complaint) {
+            self.notify(format!("no help from the server: {complaint}"));
         }
         std::mem::take(&mut self.notices.lock().unwrap_or_else(PoisonError::into_inner).0)
     }

@@ -1,0 +1,15 @@
+//! Running cachec as its users do, and looking at it from outside: real cargo, real rustc, real processes.
+//!
+//! [`programs`] builds and names the two programs, [`server`] runs a server, [`machine`] is a build machine
+//! with its own home, caches and agent, [`project`] writes small workspaces, [`line`] stands between
+//! client and server and misbehaves.
+
+pub mod line;
+pub mod machine;
+pub mod programs;
+pub mod project;
+pub mod server;
+
+pub use machine::{Build, Machine};
+pub use project::Project;
+pub use server::Server;

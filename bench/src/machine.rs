@@ -1,0 +1,229 @@
+//! A build machine: a home, a `CARGO_HOME`, an agent and perhaps a local tier, all below one directory.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::programs::{cargo, programs};
+
+/// See the module. Its agent is stopped when it is dropped.
+#[derive(Debug)]
+pub struct Machine {
+    directory: TempDir,
+    /// Variables on top of the fixed ones.
+    variables: Vec<(String, String)>,
+}
+
+/// One run of cargo.
+#[derive(Debug)]
+pub struct Build {
+    /// Whether it succeeded.
+    pub success: bool,
+    /// Cargo's standard output.
+    pub stdout: String,
+    /// Cargo's standard error.
+    pub stderr: String,
+    /// How long it took.
+    pub elapsed: Duration,
+    /// The units whose compiler was started, by crate, as the compiler itself has noted them.
+    pub compiled: Vec<String>,
+}
+
+impl Build {
+    /// The lines that cachec printed.
+    #[must_use]
+    pub fn notices(&self) -> Vec<&str> {
+        self.stderr.lines().filter(|line| line.starts_with("cachec: ")).collect()
+    }
+
+    /// Cargo's standard error without its lines about progress, which name times and places.
+    #[must_use]
+    pub fn diagnostics(&self) -> String {
+        let progress = ["Compiling ", "Finished ", "Checking ", "Locking ", "Fresh ", "Dirty ", "Running "];
+        let is_progress = |line: &&str| progress.iter().any(|word| line.trim_start().starts_with(word));
+        self.stderr.lines().filter(|line| !is_progress(line)).map(|line| format!("{line}\n")).collect()
+    }
+}
+
+impl Machine {
+    /// A new machine with a local tier and no server.
+    ///
+    /// # Errors
+    /// Where its directories cannot be made.
+    pub fn new() -> anyhow::Result<Self> {
+        let directory = tempfile::Builder::new().prefix("machine-").tempdir()?;
+        for part in ["home", "cargo", "bin", "tmp"] {
+            fs::create_dir(directory.path().join(part))?;
+        }
+        let machine = Self { directory, variables: Vec::new() };
+        machine.install_noting_compiler()?;
+        let tier = machine.path("tier");
+        Ok(machine.with("CACHEC_DIR", tier.to_string_lossy()))
+    }
+
+    /// A new machine as a container is: no local tier, but a server.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn with_server(url: &str) -> anyhow::Result<Self> {
+        Ok(Self::new()?.without("CACHEC_DIR").with("CI", "true").with("CACHEC_URL", url))
+    }
+
+    /// Sets a variable.
+    #[must_use]
+    pub fn with(mut self, name: &str, value: impl AsRef<str>) -> Self {
+        self = self.without(name);
+        self.variables.push((name.to_owned(), value.as_ref().to_owned()));
+        self
+    }
+
+    /// Unsets a variable.
+    #[must_use]
+    pub fn without(mut self, name: &str) -> Self {
+        self.variables.retain(|(known, _)| known != name);
+        self
+    }
+
+    /// A path below the machine's directory.
+    #[must_use]
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// A `rustc` that notes each unit it is started for, and is otherwise the real one.
+    fn install_noting_compiler(&self) -> anyhow::Result<()> {
+        let output = Command::new("rustc").args(["--print", "sysroot"]).output().context("rustc")?;
+        let sysroot = String::from_utf8(output.stdout)?;
+        let compiler = Path::new(sysroot.trim()).join("bin/rustc");
+        // The same text on every machine: it is part of the compiler's identity.
+        let text = format!(
+            "#!/bin/sh\nprevious=\nfor word in \"$@\"; do\n  \
+             [ \"$previous\" = --crate-name ] && [ \"$word\" != ___ ] && echo \"$word\" >> \"$COMPILED\"\n  \
+             previous=$word\ndone\nexec {} \"$@\"\n",
+            compiler.display(),
+        );
+        let script = self.path("bin/rustc");
+        fs::write(&script, text)?;
+        fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+        Ok(())
+    }
+
+    /// Makes the compiler another one, by its content.
+    ///
+    /// # Errors
+    /// Where the script cannot be written.
+    pub fn change_compiler(&self) -> anyhow::Result<()> {
+        let script = self.path("bin/rustc");
+        let text = fs::read_to_string(&script)?;
+        fs::write(&script, text + "# another version\n")?;
+        Ok(())
+    }
+
+    /// A command with the machine's environment, and no other.
+    #[must_use]
+    pub fn command(&self, program: &Path) -> Command {
+        let keep = ["PATH", "RUSTUP_HOME", "RUSTUP_TOOLCHAIN"];
+        let rustup_home = std::env::var("RUSTUP_HOME")
+            .or_else(|_| std::env::var("HOME").map(|home| format!("{home}/.rustup")))
+            .unwrap_or_default();
+        let mut command = Command::new(program);
+        command
+            .env_clear()
+            .envs(std::env::vars().filter(|(name, _)| keep.contains(&name.as_str())))
+            .env("RUSTUP_HOME", rustup_home)
+            .env("HOME", self.path("home"))
+            .env("TMPDIR", self.path("tmp"))
+            .env("CARGO_HOME", self.path("cargo"))
+            .env("CARGO_INCREMENTAL", "0")
+            .env("CARGO_NET_OFFLINE", "true")
+            .env("CARGO_TERM_COLOR", "never")
+            .env("COMPILED", self.path("compiled"))
+            .env("RUSTC", self.path("bin/rustc"))
+            .env("RUSTC_WRAPPER", &programs().client)
+            .env("CACHEC_RUNTIME_DIR", self.path("run"))
+            .envs(self.variables.iter().map(|(name, value)| (name, value)));
+        command
+    }
+
+    /// Runs cargo in a directory.
+    ///
+    /// # Errors
+    /// Where cargo cannot be started; its own failure is in the result.
+    pub fn cargo(&self, directory: &Path, arguments: &[&str]) -> anyhow::Result<Build> {
+        let _ = fs::remove_file(self.path("compiled"));
+        let started = Instant::now();
+        let Output { status, stdout, stderr } =
+            self.command(&cargo()).args(arguments).current_dir(directory).output().context("cargo")?;
+        let compiled = fs::read_to_string(self.path("compiled")).unwrap_or_default();
+        let mut compiled: Vec<String> = compiled.lines().map(str::to_owned).collect();
+        compiled.sort_unstable();
+        Ok(Build {
+            success: status.success(),
+            stdout: String::from_utf8_lossy(&stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&stderr).into_owned(),
+            elapsed: started.elapsed(),
+            compiled,
+        })
+    }
+
+    /// Runs a command of the client in a directory and returns its standard output.
+    ///
+    /// # Errors
+    /// Where it fails.
+    pub fn cachec(&self, directory: &Path, arguments: &[&str]) -> anyhow::Result<String> {
+        let output = self.command(&programs().client).args(arguments).current_dir(directory).output()?;
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        anyhow::ensure!(output.status.success(), "cachec {arguments:?}: {error}");
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
+    /// The agent's statistics.
+    ///
+    /// # Errors
+    /// Where there is no agent.
+    pub fn statistics(&self, directory: &Path) -> anyhow::Result<Value> {
+        Ok(serde_json::from_str(&self.cachec(directory, &["stats", "--json"])?)?)
+    }
+
+    /// Process ids of the machine's agents.
+    #[must_use]
+    pub fn agents(&self) -> Vec<u32> {
+        let marker = self.path("run").to_string_lossy().into_owned();
+        let own = |id: &u32| {
+            let environment = fs::read(format!("/proc/{id}/environ")).unwrap_or_default();
+            let words = fs::read(format!("/proc/{id}/cmdline")).unwrap_or_default();
+            words.ends_with(b"\0agent\0") && String::from_utf8_lossy(&environment).contains(&marker)
+        };
+        let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+        processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).filter(own).collect()
+    }
+
+    /// Sends a signal (`KILL`, `STOP`) to all of the machine's agents.
+    pub fn signal_agents(&self, signal: &str) {
+        for id in self.agents() {
+            let _ = Command::new("kill").args([&format!("-{signal}"), &id.to_string()]).status();
+        }
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.signal_agents("KILL");
+    }
+}
+
+/// Highest resident set of a process so far, in bytes.
+///
+/// # Errors
+/// Where there is no such process.
+pub fn peak_memory_bytes(process_id: u32) -> anyhow::Result<u64> {
+    let status = fs::read_to_string(format!("/proc/{process_id}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no VmHWM")?;
+    let kib: u64 = line.trim().trim_end_matches(" kB").trim().parse()?;
+    Ok(kib * 1024)
+}

@@ -1,0 +1,271 @@
+//! When a unit is restored, and when it is compiled: outcome, compiler processes and counters.
+
+use std::fs;
+
+use anyhow::Result;
+use cachec_bench::{Build, Machine, Project, Server};
+
+const NOTHING: [&str; 0] = [];
+/// The program is no library, and is compiled every time.
+const APP_ONLY: [&str; 1] = ["app"];
+const EVERYTHING: [&str; 3] = ["app", "leaf", "middle"];
+
+struct Bench {
+    machine: Machine,
+    project: Project,
+    _directory: tempfile::TempDir,
+}
+
+impl Bench {
+    fn new(machine: Machine) -> Result<Self> {
+        let directory = tempfile::tempdir()?;
+        let project = Project::three_crates(&directory.path().join("checkout"))?;
+        Ok(Self { machine, project, _directory: directory })
+    }
+
+    fn build(&self, arguments: &[&str]) -> Result<Build> {
+        let build = self.machine.cargo(&self.project.root, &[&["build"], arguments].concat())?;
+        assert!(build.success, "{}", build.stderr);
+        assert_eq!(build.notices(), NOTHING, "{}", build.stderr);
+        self.machine.cachec(&self.project.root, &["flush"])?;
+        Ok(build)
+    }
+
+    /// Builds with a fresh target directory.
+    fn rebuild(&self) -> Result<Build> {
+        self.project.wipe()?;
+        self.build(&[])
+    }
+
+    fn counter(&self, name: &str) -> Result<u64> {
+        Ok(self.machine.statistics(&self.project.root)?[name].as_u64().unwrap_or_default())
+    }
+}
+
+fn with_local_tier() -> Result<Bench> {
+    Bench::new(Machine::new()?)
+}
+
+#[test]
+fn a_wiped_target_directory_is_restored_from_the_local_tier() -> Result<()> {
+    let bench = with_local_tier()?;
+    assert_eq!(bench.build(&[])?.compiled, EVERYTHING);
+    assert_eq!((bench.counter("misses")?, bench.counter("stored")?), (2, 2));
+    assert_eq!(bench.rebuild()?.compiled, APP_ONLY);
+    assert_eq!((bench.counter("local_hits")?, bench.counter("misses")?), (2, 2));
+    assert_eq!(bench.project.run_app()?, "app middle one unset");
+    Ok(())
+}
+
+#[test]
+fn another_machine_is_served_by_the_server() -> Result<()> {
+    let data = tempfile::tempdir()?;
+    let server = Server::start(data.path(), &[])?;
+    let first = Bench::new(Machine::with_server(&server.url)?)?;
+    assert_eq!(first.build(&[])?.compiled, EVERYTHING);
+    assert_eq!(first.counter("uploaded")?, 2);
+    // Other checkout, target directory, CARGO_HOME and home; no local tier.
+    let second = Bench::new(Machine::with_server(&server.url)?)?;
+    assert_ne!(first.project.root, second.project.root);
+    assert_eq!(second.build(&[])?.compiled, APP_ONLY);
+    assert_eq!((second.counter("remote_hits")?, second.counter("misses")?), (2, 0));
+    assert_eq!(second.project.run_app()?, "app middle one unset");
+    Ok(())
+}
+
+#[test]
+fn a_moved_checkout_is_restored() -> Result<()> {
+    let mut bench = with_local_tier()?;
+    bench.build(&[])?;
+    let elsewhere = tempfile::tempdir()?;
+    bench.project = bench.project.copy_to(&elsewhere.path().join("another/place"))?;
+    let out = elsewhere.path().join("out");
+    let build = bench.build(&["--target-dir", &out.to_string_lossy()])?;
+    assert_eq!(build.compiled, APP_ONLY);
+    let dep_info = fs::read_dir(out.join("debug/deps"))?
+        .flatten()
+        .find(|entry| entry.file_name().to_string_lossy().starts_with("leaf-"))
+        .map(|entry| fs::read_to_string(entry.path()));
+    let dep_info = dep_info.unwrap_or_else(|| Ok(String::new()))?;
+    assert!(dep_info.contains(&*out.to_string_lossy()), "dep-info names this target directory: {dep_info}");
+    // The next build compiles nothing, so cargo is content with what was restored.
+    assert_eq!(bench.build(&["--target-dir", &out.to_string_lossy()])?.compiled, NOTHING);
+    Ok(())
+}
+
+#[test]
+fn after_a_restored_build_cargo_finds_everything_fresh() -> Result<()> {
+    let bench = with_local_tier()?;
+    bench.build(&[])?;
+    bench.rebuild()?;
+    let again = bench.build(&["-v"])?;
+    assert_eq!(again.compiled, NOTHING);
+    assert_eq!(again.stderr.matches("Fresh ").count(), 3, "{}", again.stderr);
+    Ok(())
+}
+
+#[test]
+fn a_changed_input_compiles_what_depends_on_it() -> Result<()> {
+    let bench = with_local_tier()?;
+    bench.build(&[])?;
+    bench.project.write("leaf/src/text.txt", "two")?;
+    assert_eq!(bench.rebuild()?.compiled, EVERYTHING, "an included file, and with it the dependencies");
+    assert_eq!(bench.project.run_app()?, "app middle two unset");
+    bench
+        .project
+        .write("middle/src/lib.rs", "pub fn text() -> String { format!(\"MIDDLE {}\", leaf::text()) }\n")?;
+    assert_eq!(bench.rebuild()?.compiled, ["app", "middle"], "a source file");
+    assert_eq!(bench.project.run_app()?, "app MIDDLE two unset");
+    bench.project.write("leaf/src/text.txt", "one")?;
+    assert_eq!(bench.rebuild()?.compiled, ["app", "middle"], "leaf as it was is known");
+    assert_eq!(bench.project.run_app()?, "app MIDDLE one unset");
+    Ok(())
+}
+
+#[test]
+fn a_changed_variable_of_env_is_compiled_and_each_value_known_afterwards() -> Result<()> {
+    let mut bench = with_local_tier()?;
+    for (setting, compiled) in [("a", &EVERYTHING[..]), ("b", &EVERYTHING[..]), ("a", &APP_ONLY[..])] {
+        bench.machine = bench.machine.with("LEAF_SETTING", setting);
+        assert_eq!(bench.rebuild()?.compiled, compiled, "{setting}");
+        assert_eq!(bench.project.run_app()?, format!("app middle one {setting}"));
+    }
+    bench.machine = bench.machine.without("LEAF_SETTING");
+    assert_eq!(bench.rebuild()?.compiled, EVERYTHING);
+    assert_eq!(bench.project.run_app()?, "app middle one unset");
+    Ok(())
+}
+
+#[test]
+fn a_changed_flag_is_compiled() -> Result<()> {
+    let mut bench = with_local_tier()?;
+    bench.build(&[])?;
+    bench.machine = bench.machine.with("RUSTFLAGS", "-Coverflow-checks=no");
+    assert_eq!(bench.rebuild()?.compiled, EVERYTHING);
+    bench.machine = bench.machine.with("RUSTC_BOOTSTRAP", "1");
+    assert_eq!(bench.rebuild()?.compiled, EVERYTHING);
+    Ok(())
+}
+
+#[test]
+fn another_compiler_compiles() -> Result<()> {
+    let bench = with_local_tier()?;
+    bench.build(&[])?;
+    bench.machine.change_compiler()?;
+    assert_eq!(bench.rebuild()?.compiled, EVERYTHING);
+    assert_eq!(bench.rebuild()?.compiled, APP_ONLY);
+    Ok(())
+}
+
+#[test]
+fn warnings_are_replayed_byte_for_byte() -> Result<()> {
+    let mut bench = with_local_tier()?;
+    let cold = bench.build(&[])?;
+    let warm = bench.rebuild()?;
+    assert_eq!(warm.compiled, APP_ONLY);
+    bench.machine = bench.machine.with("CACHEC_MODE", "off");
+    bench.project.wipe()?;
+    let plain = bench.machine.cargo(&bench.project.root, &["build"])?;
+    assert!(plain.diagnostics().contains("unused variable"), "{}", plain.stderr);
+    assert_eq!(cold.diagnostics(), plain.diagnostics());
+    assert_eq!(warm.diagnostics(), plain.diagnostics());
+    Ok(())
+}
+
+#[test]
+fn checking_is_cached_beside_building() -> Result<()> {
+    let bench = with_local_tier()?;
+    let check = || -> Result<Build> {
+        bench.project.wipe()?;
+        let build = bench.machine.cargo(&bench.project.root, &["check"])?;
+        bench.machine.cachec(&bench.project.root, &["flush"])?;
+        Ok(build)
+    };
+    bench.build(&[])?;
+    assert_eq!(check()?.compiled, EVERYTHING);
+    assert_eq!(check()?.compiled, APP_ONLY);
+    Ok(())
+}
+
+#[test]
+fn two_builds_at_once_compile_each_library_once() -> Result<()> {
+    let bench = with_local_tier()?;
+    let other = bench.project.copy_to(&bench.machine.path("other"))?;
+    let (first, second) = std::thread::scope(|scope| {
+        let first = scope.spawn(|| bench.machine.cargo(&bench.project.root, &["build"]));
+        let second = bench.machine.cargo(&other.root, &["build"]);
+        (first.join(), second)
+    });
+    let first = first.map_err(|_| anyhow::anyhow!("the first build panicked"))??;
+    assert!(first.success && second?.success, "{}", first.stderr);
+    assert_eq!(bench.counter("units")?, 6);
+    assert_eq!((bench.counter("misses")?, bench.counter("local_hits")?), (2, 2));
+    assert_eq!(bench.project.run_app()?, "app middle one unset");
+    assert_eq!(other.run_app()?, "app middle one unset");
+    Ok(())
+}
+
+#[test]
+fn incremental_units_are_left_alone_and_cached_in_ci() -> Result<()> {
+    let mut bench = with_local_tier()?;
+    bench.machine = bench.machine.with("CARGO_INCREMENTAL", "1");
+    bench.build(&[])?;
+    assert_eq!(bench.counter("stored")?, 0);
+    let refused = bench.machine.statistics(&bench.project.root)?["refused"]["incremental"].clone();
+    assert_eq!((refused["leaf"].as_u64(), refused["middle"].as_u64()), (Some(1), Some(1)));
+    assert!(bench.project.root.join("target/debug/incremental").read_dir()?.next().is_some());
+    Ok(())
+}
+
+#[test]
+fn read_only_restores_and_stores_nothing() -> Result<()> {
+    let mut bench = with_local_tier()?;
+    bench.build(&[])?;
+    bench.machine = bench.machine.with("CACHEC_MODE", "read-only");
+    assert_eq!(bench.rebuild()?.compiled, APP_ONLY);
+    bench.project.write("leaf/src/text.txt", "two")?;
+    assert_eq!(bench.rebuild()?.compiled, EVERYTHING);
+    assert_eq!(bench.rebuild()?.compiled, EVERYTHING);
+    Ok(())
+}
+
+#[test]
+fn a_failed_compile_is_not_stored_and_fails_alike() -> Result<()> {
+    let bench = with_local_tier()?;
+    bench.project.write("leaf/src/lib.rs", "pub fn text() -> String { 1 }\n")?;
+    for _ in 0..2 {
+        let build = bench.machine.cargo(&bench.project.root, &["build"])?;
+        assert!(!build.success);
+        assert!(build.stderr.contains("mismatched types"), "{}", build.stderr);
+        assert_eq!(build.compiled, ["leaf"]);
+    }
+    assert_eq!(bench.counter("stored")?, 0);
+    Ok(())
+}
+
+#[test]
+fn a_result_that_contains_a_path_is_bound_to_it() -> Result<()> {
+    let mut bench = with_local_tier()?;
+    bench
+        .project
+        .write("leaf/src/lib.rs", "pub fn text() -> String { env!(\"CARGO_MANIFEST_DIR\").to_owned() }\n")?;
+    bench.build(&[])?;
+    assert!(bench.counter("bound")? >= 1);
+    assert_eq!(bench.rebuild()?.compiled, APP_ONLY, "at the same path it is restored");
+    let elsewhere = tempfile::tempdir()?;
+    bench.project = bench.project.copy_to(&elsewhere.path().join("moved"))?;
+    bench.rebuild()?;
+    assert_eq!(bench.project.run_app()?, format!("app middle {}", bench.project.root.join("leaf").display()));
+    // Not the path itself is in the output, but something made of it.
+    bench.project.write(
+        "leaf/src/lib.rs",
+        "const N: usize = env!(\"CARGO_MANIFEST_DIR\").len();\npub fn text() -> String { N.to_string() }\n",
+    )?;
+    bench.rebuild()?;
+    let again = tempfile::tempdir()?;
+    bench.project = bench.project.copy_to(&again.path().join("moved/deeper"))?;
+    bench.rebuild()?;
+    let length = bench.project.root.join("leaf").as_os_str().len();
+    assert_eq!(bench.project.run_app()?, format!("app middle {length}"));
+    Ok(())
+}
