@@ -4,6 +4,8 @@
 //! with its own home, caches and agent, [`project`] writes small workspaces, [`line`] stands between
 //! client and server and misbehaves.
 
+pub mod crates;
+pub mod demo;
 pub mod line;
 pub mod machine;
 pub mod programs;

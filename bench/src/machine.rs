@@ -155,10 +155,33 @@ impl Machine {
     /// # Errors
     /// Where cargo cannot be started; its own failure is in the result.
     pub fn cargo(&self, directory: &Path, arguments: &[&str]) -> anyhow::Result<Build> {
+        let mut command = self.command(&cargo());
+        command.args(arguments).current_dir(directory);
+        self.run(|| Ok(command.output()?))
+    }
+
+    /// As [`Self::cargo`] with more variables, showing cargo's progress as it comes.
+    ///
+    /// # Errors
+    /// As [`Self::cargo`].
+    pub fn cargo_shown(
+        &self,
+        directory: &Path,
+        arguments: &[&str],
+        variables: &[(&str, &str)],
+    ) -> anyhow::Result<Build> {
+        let mut command = self.command(&cargo());
+        command.args(arguments).current_dir(directory).envs(variables.iter().copied());
+        self.run(|| {
+            let status = command.status()?;
+            Ok(Output { status, stdout: Vec::new(), stderr: Vec::new() })
+        })
+    }
+
+    fn run(&self, cargo: impl FnOnce() -> anyhow::Result<Output>) -> anyhow::Result<Build> {
         let _ = fs::remove_file(self.path("compiled"));
         let started = Instant::now();
-        let Output { status, stdout, stderr } =
-            self.command(&cargo()).args(arguments).current_dir(directory).output().context("cargo")?;
+        let Output { status, stdout, stderr } = cargo().context("cargo")?;
         let compiled = fs::read_to_string(self.path("compiled")).unwrap_or_default();
         let mut compiled: Vec<String> = compiled.lines().map(str::to_owned).collect();
         compiled.sort_unstable();
