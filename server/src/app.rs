@@ -1,0 +1,166 @@
+//! The application: what the endpoints share, the routes, and what wraps every request.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use axum::error_handling::HandleErrorLayer;
+use axum::extract::{MatchedPath, Request, State};
+use axum::http::{HeaderName, HeaderValue, Uri};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post, put};
+use cachec_protocol::message::{PROTOCOL_HEADER, PROTOCOL_VERSION};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tower::ServiceBuilder;
+use tower::limit::GlobalConcurrencyLimitLayer;
+use tower::load_shed::LoadShedLayer;
+
+use crate::endpoints::{blobs, fetch, lookup, missing, probes, results};
+use crate::error::ApiError;
+use crate::metrics::Metrics;
+use crate::store::Store;
+use crate::tokens::Tokens;
+
+/// Memory that bodies held as a whole may take together, in MiB: lookups' answers and publications.
+pub const MESSAGE_MEMORY_MIB: u32 = 256;
+
+/// How long a request waits for its turn before it is told to come back.
+const QUEUE_WAIT: Duration = Duration::from_secs(5);
+
+/// What bounds the work of one server.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// Uploads at a time. Each takes up to about 33 MiB of memory and one blocking thread.
+    pub uploads: usize,
+    /// Requests at a time.
+    pub requests: usize,
+    /// Longest silence within a body, and the head start that a slow body has.
+    pub body_idle: Duration,
+    /// Least average rate of a body behind its head start.
+    pub body_bytes_per_second: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            uploads: 16,
+            requests: 1024,
+            body_idle: Duration::from_secs(30),
+            body_bytes_per_second: 8 << 10,
+        }
+    }
+}
+
+/// What the endpoints share. Cheap to clone.
+#[derive(Clone)]
+pub struct App {
+    /// The entries.
+    pub store: Arc<dyn Store>,
+    /// Who may do what.
+    pub tokens: Arc<Tokens>,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
+    /// What bounds the work.
+    pub limits: Arc<Limits>,
+    upload_slots: Arc<Semaphore>,
+    message_memory: Arc<Semaphore>,
+}
+
+impl App {
+    /// Puts an application together.
+    #[must_use]
+    pub fn new(store: Arc<dyn Store>, tokens: Arc<Tokens>, metrics: Arc<Metrics>, limits: Limits) -> Self {
+        Self {
+            store,
+            tokens,
+            metrics,
+            upload_slots: Arc::new(Semaphore::new(limits.uploads)),
+            message_memory: Arc::new(Semaphore::new(MESSAGE_MEMORY_MIB as usize)),
+            limits: Arc::new(limits),
+        }
+    }
+
+    /// Waits for a turn to upload.
+    ///
+    /// # Errors
+    /// [`ApiError::OVERLOADED`] where none comes soon.
+    pub async fn upload_slot(&self) -> Result<OwnedSemaphorePermit, ApiError> {
+        acquire(&self.upload_slots, 1).await
+    }
+
+    /// Waits until so much memory for whole messages is free.
+    ///
+    /// # Errors
+    /// [`ApiError::OVERLOADED`] where it is not soon.
+    pub async fn message_memory(&self, bytes: usize) -> Result<OwnedSemaphorePermit, ApiError> {
+        acquire(&self.message_memory, mebibytes(bytes).min(MESSAGE_MEMORY_MIB)).await
+    }
+}
+
+/// Whole mebibytes that hold so many bytes.
+#[must_use]
+pub fn mebibytes(bytes: usize) -> u32 {
+    u32::try_from(bytes.div_ceil(1 << 20)).unwrap_or(u32::MAX)
+}
+
+async fn acquire(semaphore: &Arc<Semaphore>, permits: u32) -> Result<OwnedSemaphorePermit, ApiError> {
+    let acquired = tokio::time::timeout(QUEUE_WAIT, Arc::clone(semaphore).acquire_many_owned(permits)).await;
+    acquired.ok().and_then(Result::ok).ok_or(ApiError::OVERLOADED)
+}
+
+/// The routes of protocol version 1, and the probes.
+pub fn router(app: App) -> Router {
+    let overload = ServiceBuilder::new()
+        .layer(HandleErrorLayer::new(|_: tower::BoxError| async { ApiError::OVERLOADED }))
+        .layer(LoadShedLayer::new())
+        .layer(GlobalConcurrencyLimitLayer::new(app.limits.requests));
+    Router::new()
+        .route("/v1/{namespace}/lookup", post(lookup::post))
+        .route("/v1/{namespace}/blobs/missing", post(missing::post))
+        .route("/v1/{namespace}/blobs/{digest}", get(blobs::get).head(blobs::head).put(blobs::put))
+        .route("/v1/{namespace}/fetch", post(fetch::post))
+        .route("/v1/{namespace}/results/{result_key}", put(results::put))
+        .layer(overload)
+        .route("/healthz", get(probes::health))
+        .route("/readyz", get(probes::ready))
+        .route("/metrics", get(probes::metrics))
+        .fallback(unknown_path)
+        .method_not_allowed_fallback(|| async { ApiError::METHOD_NOT_ALLOWED })
+        .layer(middleware::from_fn_with_state(app.clone(), observe))
+        .with_state(app)
+}
+
+async fn unknown_path(uri: Uri) -> ApiError {
+    let first = uri.path().split('/').nth(1).unwrap_or_default();
+    let version = first.strip_prefix('v').filter(|rest| !rest.is_empty());
+    match version {
+        Some(version) if version != PROTOCOL_VERSION && version.bytes().all(|byte| byte.is_ascii_digit()) => {
+            ApiError::UNKNOWN_PROTOCOL
+        }
+        _ => ApiError::NOT_FOUND,
+    }
+}
+
+/// Counts a request, and says on its response which protocol is spoken here.
+async fn observe(State(app): State<App>, request: Request, next: Next) -> Response {
+    let started = Instant::now();
+    let method = request.method().clone();
+    let route = request.extensions().get::<MatchedPath>().cloned();
+    let mut response = next.run(request).await.into_response();
+    let route = route.as_ref().map_or("unmatched", MatchedPath::as_str);
+    let status = response.status().as_u16();
+    let class = match status / 100 {
+        1 => "1xx",
+        2 => "2xx",
+        3 => "3xx",
+        4 => "4xx",
+        _ => "5xx",
+    };
+    app.metrics.requests.with_label_values(&[route, class]).inc();
+    app.metrics.request_seconds.with_label_values(&[route]).observe(started.elapsed().as_secs_f64());
+    tracing::debug!(%method, route, status, "request");
+    let protocol = HeaderName::from_static(PROTOCOL_HEADER);
+    response.headers_mut().insert(protocol, HeaderValue::from_static(PROTOCOL_VERSION));
+    response
+}

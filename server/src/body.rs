@@ -1,0 +1,200 @@
+//! Request bodies: counted, paced, and bounded; and bodies of responses that are sent in steps.
+//!
+//! A body may be silent for [`Limits::body_idle`](crate::app::Limits) at most, and must keep a least average
+//! rate behind a head start of the same length. Only time that is spent waiting for the sender counts.
+
+use std::io::{self, Read};
+use std::time::{Duration, Instant};
+
+use axum::body::{Body, HttpBody};
+use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE, EXPECT};
+use axum::http::request::Parts;
+use axum::http::{HeaderValue, Version};
+use axum::response::Response;
+use bytes::Bytes;
+use cachec_protocol::DecodeError;
+use cachec_protocol::codec::{self, Message};
+use http_body_util::BodyExt;
+use minicbor::Decode;
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
+
+use crate::app::App;
+use crate::error::ApiError;
+use crate::store::{BlobReader, OpenBlob};
+
+/// Pieces of a body that wait between the connection and the thread that verifies it.
+const WAITING_PIECES: usize = 4;
+
+/// Most bytes that are read only to be thrown away, before the connection is closed instead.
+const DISCARD_BYTES: u64 = 16 << 20;
+
+/// A request body that is being read.
+pub struct RequestBody<'a> {
+    app: &'a App,
+    body: Body,
+    announced_bytes: Option<u64>,
+    received_bytes: u64,
+    waited: Duration,
+}
+
+impl<'a> RequestBody<'a> {
+    /// Begins to read.
+    #[must_use]
+    pub fn new(app: &'a App, body: Body) -> Self {
+        let announced_bytes = body.size_hint().exact();
+        Self { app, body, announced_bytes, received_bytes: 0, waited: Duration::ZERO }
+    }
+
+    /// Its length, where the sender said it.
+    #[must_use]
+    pub const fn announced_bytes(&self) -> Option<u64> {
+        self.announced_bytes
+    }
+
+    /// The next piece; `None` at the end.
+    async fn next(&mut self) -> Result<Option<Bytes>, ApiError> {
+        loop {
+            let limits = &self.app.limits;
+            let earned = Duration::from_secs(self.received_bytes / limits.body_bytes_per_second.max(1));
+            let patience = limits.body_idle.saturating_add(earned).saturating_sub(self.waited);
+            let started = Instant::now();
+            let frame = tokio::time::timeout(patience.min(limits.body_idle), self.body.frame()).await;
+            self.waited += started.elapsed();
+            match frame {
+                Err(_) => return Err(ApiError::BODY_STALLED),
+                Ok(None) => return Ok(None),
+                Ok(Some(Err(_))) => return Err(ApiError::BODY_ABORTED),
+                Ok(Some(Ok(frame))) => {
+                    // Trailers say nothing here.
+                    let Ok(data) = frame.into_data() else { continue };
+                    self.received_bytes += data.len() as u64;
+                    self.app.metrics.received_bytes.inc_by(data.len() as u64);
+                    return Ok(Some(data));
+                }
+            }
+        }
+    }
+
+    /// Reads a whole body of at most `limit_bytes`.
+    ///
+    /// # Errors
+    /// [`ApiError::TOO_LARGE`], unread where its length was announced; the errors of a slow or broken body.
+    pub async fn collect(mut self, limit_bytes: usize) -> Result<Vec<u8>, ApiError> {
+        let announced = self.announced_bytes.map_or(Ok(0), usize::try_from);
+        let announced = announced.ok().filter(|length| *length <= limit_bytes).ok_or(ApiError::TOO_LARGE)?;
+        let mut whole = Vec::with_capacity(announced);
+        while let Some(piece) = self.next().await? {
+            if whole.len() + piece.len() > limit_bytes {
+                return Err(ApiError::TOO_LARGE);
+            }
+            whole.extend_from_slice(&piece);
+        }
+        Ok(whole)
+    }
+
+    /// Reads a message.
+    ///
+    /// # Errors
+    /// As [`Self::collect`], and [`ApiError::MALFORMED_REQUEST`].
+    pub async fn message<T: Message + for<'b> Decode<'b, ()>>(self) -> Result<T, ApiError> {
+        let bytes = self.collect(T::LIMIT_BYTES).await?;
+        codec::decode(&bytes).map_err(|error| match error {
+            DecodeError::TooLarge { .. } => ApiError::TOO_LARGE,
+            _ => ApiError::MALFORMED_REQUEST,
+        })
+    }
+
+    /// Hands the body on, piece by piece, until it ends or nobody takes it any more.
+    ///
+    /// # Errors
+    /// Those of a slow or broken body; the other side then sees it fail.
+    pub async fn pump(&mut self, pieces: mpsc::Sender<Piece>) -> Result<(), ApiError> {
+        while let Some(data) = self.next().await? {
+            if pieces.send(Piece::Data(data)).await.is_err() {
+                return Ok(());
+            }
+        }
+        let _ = pieces.send(Piece::End).await;
+        Ok(())
+    }
+
+    /// Makes an HTTP/1 connection usable for the response to a request whose body was not read: a client that
+    /// is still sending may not look for an answer. A body that has not begun (`Expect: 100-continue`), and one
+    /// on an HTTP/2 stream, needs no such care; a very long one is not worth it.
+    pub async fn discard(mut self, parts: &Parts) {
+        let waits = parts.headers.get(EXPECT).is_some() && self.received_bytes == 0;
+        if parts.version >= Version::HTTP_2 || waits {
+            return;
+        }
+        let last = self.received_bytes.saturating_add(DISCARD_BYTES);
+        while self.received_bytes < last {
+            match self.next().await {
+                Ok(Some(_)) => {}
+                Ok(None) | Err(_) => return,
+            }
+        }
+    }
+}
+
+/// A piece of a body on its way to a thread.
+pub enum Piece {
+    /// Some bytes.
+    Data(Bytes),
+    /// The body ended as it should.
+    End,
+}
+
+/// The thread's side of a body.
+pub struct PieceReader {
+    pieces: mpsc::Receiver<Piece>,
+    piece: Bytes,
+    ended: bool,
+    /// Held until the thread is done, also where the request that began it is gone.
+    _slot: OwnedSemaphorePermit,
+}
+
+/// Connects a body with a thread that reads it.
+#[must_use]
+pub fn pieces(slot: OwnedSemaphorePermit) -> (mpsc::Sender<Piece>, PieceReader) {
+    let (sender, receiver) = mpsc::channel(WAITING_PIECES);
+    (sender, PieceReader { pieces: receiver, piece: Bytes::new(), ended: false, _slot: slot })
+}
+
+impl Read for PieceReader {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        while self.piece.is_empty() && !self.ended {
+            match self.pieces.blocking_recv() {
+                Some(Piece::Data(data)) => self.piece = data,
+                Some(Piece::End) => self.ended = true,
+                None => return Err(io::ErrorKind::ConnectionAborted.into()),
+            }
+        }
+        let count = self.piece.len().min(buffer.len());
+        buffer[..count].copy_from_slice(&self.piece.split_to(count));
+        Ok(count)
+    }
+}
+
+/// A response whose body is sent from `blob` in steps; `guard` lives until the last of them.
+pub fn blob_response<G: Send + 'static>(
+    app: &App,
+    blob: OpenBlob,
+    media_type: &'static str,
+    guard: G,
+) -> Response {
+    let length = blob.stored_bytes;
+    let sent_bytes = app.metrics.sent_bytes.clone();
+    let steps = futures_util::stream::try_unfold(
+        (blob.into_reader(), sent_bytes, guard),
+        async |(mut reader, sent_bytes, guard): (BlobReader, prometheus::IntCounter, G)| {
+            let Some(chunk) = reader.next_chunk().await? else { return Ok::<_, io::Error>(None) };
+            sent_bytes.inc_by(chunk.len() as u64);
+            Ok(Some((chunk, (reader, sent_bytes, guard))))
+        },
+    );
+    let mut response = Response::new(Body::from_stream(steps));
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static(media_type));
+    headers.insert(CONTENT_LENGTH, HeaderValue::from(length));
+    response
+}

@@ -1,0 +1,8 @@
+//! The endpoints, one file each. A handler reads the request, calls the store, and shapes the answer.
+
+pub mod blobs;
+pub mod fetch;
+pub mod lookup;
+pub mod missing;
+pub mod probes;
+pub mod results;

@@ -1,0 +1,121 @@
+//! What is measured: names, units, labels. Everything is in one registry of its own.
+//!
+//! Labels have few values: routes are patterns, statuses are classes, codes are those of [`crate::error`].
+
+use prometheus::{
+    Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
+    TextEncoder,
+};
+
+use crate::store::StoreStats;
+
+/// Bounds of the latency histogram in seconds.
+const LATENCY_SECONDS: [f64; 12] =
+    [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0, 30.0];
+
+/// All metrics of one server.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    /// Requests by `route` and `status` class.
+    pub requests: IntCounterVec,
+    /// Seconds until the response's head, by `route`.
+    pub request_seconds: HistogramVec,
+    /// Open connections.
+    pub connections: IntGauge,
+    /// Action keys looked up, by `outcome`.
+    pub lookups: IntCounterVec,
+    /// Blobs asked for, by `outcome`.
+    pub blobs: IntCounterVec,
+    /// Puts by `kind` and `outcome`.
+    pub puts: IntCounterVec,
+    /// Uploads and publications that failed, by `code`.
+    pub rejected: IntCounterVec,
+    /// Bytes of request bodies.
+    pub received_bytes: IntCounter,
+    /// Bytes of response bodies.
+    pub sent_bytes: IntCounter,
+    /// Seconds that taking a blob in took.
+    pub upload_seconds: Histogram,
+    evicted_entries: IntCounter,
+    evicted_bytes: IntCounter,
+}
+
+impl Metrics {
+    /// Registers everything.
+    ///
+    /// # Errors
+    /// Two metrics of one name, which a test rules out.
+    pub fn new() -> prometheus::Result<Self> {
+        let registry = Registry::new();
+        let counter = |name: &str, help: &str| registered(&registry, IntCounter::new(name, help)?);
+        let counters = |name: &str, help: &str, labels: &[&str]| {
+            registered(&registry, IntCounterVec::new(Opts::new(name, help), labels)?)
+        };
+        let latency =
+            |name: &str, help: &str| HistogramOpts::new(name, help).buckets(LATENCY_SECONDS.to_vec());
+        Ok(Self {
+            requests: counters("cachec_requests_total", "Requests answered.", &["route", "status"])?,
+            request_seconds: registered(
+                &registry,
+                HistogramVec::new(
+                    latency("cachec_request_seconds", "Time until the response's head."),
+                    &["route"],
+                )?,
+            )?,
+            connections: registered(&registry, IntGauge::new("cachec_connections", "Open connections.")?)?,
+            lookups: counters("cachec_lookup_keys_total", "Action keys looked up.", &["outcome"])?,
+            blobs: counters("cachec_blob_reads_total", "Blobs asked for.", &["outcome"])?,
+            puts: counters("cachec_puts_total", "Blobs and results put.", &["kind", "outcome"])?,
+            rejected: counters("cachec_puts_rejected_total", "Puts that failed.", &["code"])?,
+            received_bytes: counter("cachec_received_bytes_total", "Bytes of request bodies.")?,
+            sent_bytes: counter("cachec_sent_bytes_total", "Bytes of response bodies.")?,
+            upload_seconds: registered(
+                &registry,
+                Histogram::with_opts(latency("cachec_upload_seconds", "Time to take a blob in."))?,
+            )?,
+            evicted_entries: counter("cachec_evicted_entries_total", "Entries evicted.")?,
+            evicted_bytes: counter("cachec_evicted_bytes_total", "Bytes evicted.")?,
+            registry,
+        })
+    }
+
+    /// The text that Prometheus reads.
+    ///
+    /// # Errors
+    /// Those of the encoder.
+    pub fn render(&self, stats: &StoreStats) -> prometheus::Result<String> {
+        self.evicted_entries.inc_by(stats.evicted_entries.saturating_sub(self.evicted_entries.get()));
+        self.evicted_bytes.inc_by(stats.evicted_bytes.saturating_sub(self.evicted_bytes.get()));
+        let mut text = Vec::new();
+        TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
+        TextEncoder::new().encode(&store_registry(stats)?.gather(), &mut text)?;
+        String::from_utf8(text).map_err(|error| prometheus::Error::Msg(error.to_string()))
+    }
+}
+
+fn registered<C: prometheus::core::Collector + Clone + 'static>(
+    registry: &Registry,
+    collector: C,
+) -> prometheus::Result<C> {
+    registry.register(Box::new(collector.clone()))?;
+    Ok(collector)
+}
+
+/// The store's figures at this moment.
+fn store_registry(stats: &StoreStats) -> prometheus::Result<Registry> {
+    let registry = Registry::new();
+    let own = [
+        ("stored_bytes", stats.stored_bytes),
+        ("reserved_bytes", stats.reserved_bytes),
+        ("limit_bytes", stats.limit_bytes),
+        ("stored_blobs", stats.blobs),
+        ("stored_results", stats.results),
+    ];
+    for (name, value) in own.iter().chain(&stats.database) {
+        let gauge = IntGauge::new(format!("cachec_{name}"), format!("Store: {}.", name.replace('_', " ")))?;
+        gauge.set(i64::try_from(*value).unwrap_or(i64::MAX));
+        registry.register(Box::new(gauge))?;
+    }
+    Ok(registry)
+}

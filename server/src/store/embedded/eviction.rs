@@ -1,0 +1,235 @@
+//! Removing entries: the least recently used ones when room is needed, and single ones.
+//!
+//! Order: first the rows are deleted, together with a `doomed` row for the entry's file; then the database is
+//! synced; then the file is unlinked; then the `doomed` row goes, and the file's bytes leave the totals.
+//! A crash anywhere in between leaves a `doomed` row, which the next start completes. An open file that is
+//! unlinked can be read to its end; the disk gets its blocks back when the last download ends.
+//!
+//! A batch is written for each entry, so that every step reads what the step before it wrote.
+
+use super::database::{Batch, Family, is_absent};
+use super::ledger::Ledger;
+use super::rows::{self, BlobHome, BlobRow, DoomedRow, Entry, EntryKind, ResultRow, Totals};
+use super::{DataDirectory, Engine};
+use crate::store::StoreError;
+
+/// Room is made for this part of the limit more than is needed, but at most so many bytes, so that not every
+/// upload into a full store pays for the sync that unlinking needs.
+const SLACK_PART: u64 = 128;
+const MAX_SLACK_BYTES: u64 = 256 << 20;
+
+/// Most files that wait for one sync.
+const MAX_DOOMED: usize = 256;
+
+/// A file whose rows are gone already.
+#[derive(Debug)]
+pub(super) struct DoomedFile {
+    pub(super) name: String,
+    pub(super) counted_bytes: u64,
+}
+
+impl Engine {
+    /// Evicts until `needed_bytes` more fit.
+    ///
+    /// # Errors
+    /// [`StoreError::Full`] where they cannot; nothing is evicted where that was clear from the start.
+    pub(super) fn make_room(&self, ledger: &mut Ledger, needed_bytes: u64) -> Result<(), StoreError> {
+        let fits =
+            |ledger: &Ledger, bytes: u64| ledger.used_bytes().saturating_add(bytes) <= self.limit_bytes;
+        if fits(ledger, needed_bytes) {
+            return Ok(());
+        }
+        if ledger.reserved_bytes.saturating_add(needed_bytes) > self.limit_bytes {
+            return Err(StoreError::Full { needed_bytes });
+        }
+        self.apply_touches(ledger)?;
+        let slack_bytes = (self.limit_bytes / SLACK_PART).min(MAX_SLACK_BYTES);
+        let wanted_bytes = needed_bytes.saturating_add(slack_bytes);
+        while ledger.used_bytes().saturating_add(wanted_bytes).saturating_sub(ledger.doomed_bytes())
+            > self.limit_bytes
+        {
+            if !self.evict_oldest(ledger)? {
+                break;
+            }
+            if ledger.doomed.len() >= MAX_DOOMED {
+                self.remove_files(ledger)?;
+            }
+        }
+        self.remove_files(ledger)?;
+        if fits(ledger, needed_bytes) { Ok(()) } else { Err(StoreError::Full { needed_bytes }) }
+    }
+
+    /// Evicts one entry; false where there is none.
+    fn evict_oldest(&self, ledger: &mut Ledger) -> Result<bool, StoreError> {
+        let floor = ledger.totals.lru_floor.to_be_bytes();
+        let Some(lru_key) = self.database.first_key(Family::Lru, &floor)? else { return Ok(false) };
+        let (sequence, entry) = Entry::from_lru_key(&lru_key)?;
+        ledger.totals.lru_floor = sequence;
+        let before_bytes = ledger.kept_bytes();
+        let removed = match entry.kind {
+            EntryKind::Result => self.remove_result(ledger, &entry.key)?,
+            EntryKind::Blob => self.remove_blob(ledger, &entry.key)?,
+        };
+        if removed {
+            ledger.evicted_entries += 1;
+            ledger.evicted_bytes += before_bytes.saturating_sub(ledger.kept_bytes());
+        } else {
+            // A row of the index without its entry cannot be; should one be, it must not stop evictions.
+            let mut batch = self.database.batch();
+            batch.delete(Family::Lru, &lru_key)?;
+            let totals = ledger.totals;
+            ledger.commit(batch, totals)?;
+        }
+        Ok(true)
+    }
+
+    /// Deletes a result's rows, takes it out of its manifest and releases its pack; false where there is none.
+    pub(super) fn remove_result(&self, ledger: &mut Ledger, key: &[u8]) -> Result<bool, StoreError> {
+        let Some(row) = self.database.get_row::<ResultRow>(Family::ResultRows, key)? else {
+            return Ok(false);
+        };
+        let mut totals = ledger.totals;
+        let mut batch = self.database.batch();
+        batch.delete(Family::Results, key)?;
+        batch.delete(Family::ResultRows, key)?;
+        batch.delete(Family::ActionFields, key)?;
+        batch.delete(Family::Lru, &Entry::result(key).lru_key(row.sequence))?;
+        let manifest_key = rows::sibling_key(key, row.action_key.as_bytes());
+        let result_key = rows::key_digest(key)?;
+        let mut manifest = self.manifest(&manifest_key)?;
+        manifest.retain(|listed| *listed != result_key);
+        if manifest.is_empty() {
+            batch.delete(Family::Manifests, &manifest_key)?;
+        } else {
+            batch.put(Family::Manifests, &manifest_key, manifest.as_flattened())?;
+        }
+        if let Some(pack) = row.pack {
+            self.release_pack(&mut batch, &rows::sibling_key(key, pack.as_bytes()), row.sequence)?;
+        }
+        totals.stored_bytes = totals.stored_bytes.saturating_sub(row.charge_bytes);
+        totals.results = totals.results.saturating_sub(1);
+        ledger.commit(batch, totals)?;
+        Ok(true)
+    }
+
+    /// Takes one reference from a blob. One that nobody needs any more is as old as its last use, by itself or
+    /// by the result that went.
+    fn release_pack(&self, batch: &mut Batch<'_>, key: &[u8], sequence: u64) -> Result<(), StoreError> {
+        let Some(mut blob) = self.database.get_row::<BlobRow>(Family::Blobs, key)? else { return Ok(()) };
+        blob.references = blob.references.saturating_sub(1);
+        if blob.references == 0 {
+            blob.sequence = blob.sequence.max(sequence);
+            batch.put(Family::Lru, &Entry::blob(key).lru_key(blob.sequence), &[])?;
+        }
+        batch.put_row(Family::Blobs, key, &blob)
+    }
+
+    /// Deletes the rows of a blob that nobody needs, and dooms its file; false where there is none such.
+    fn remove_blob(&self, ledger: &mut Ledger, key: &[u8]) -> Result<bool, StoreError> {
+        let row = self.database.get_row::<BlobRow>(Family::Blobs, key)?;
+        let Some(row) = row.filter(|row| row.references == 0) else { return Ok(false) };
+        let mut totals = ledger.totals;
+        let mut batch = self.database.batch();
+        batch.delete(Family::Blobs, key)?;
+        batch.delete(Family::Lru, &Entry::blob(key).lru_key(row.sequence))?;
+        let file = doom_data(&mut batch, &mut totals, key, &row)?;
+        totals.stored_bytes = totals.stored_bytes.saturating_sub(rows::ENTRY_BYTES);
+        totals.blobs = totals.blobs.saturating_sub(1);
+        ledger.commit(batch, totals)?;
+        ledger.doomed.extend(file);
+        Ok(true)
+    }
+
+    /// Makes a blob absent whose file turned out to be missing or cut, unless it changed meanwhile.
+    pub(super) fn mark_lost(&self, key: &[u8], seen: &BlobRow) -> Result<(), StoreError> {
+        let mut ledger = self.ledger();
+        let Some(mut row) = self.database.get_row::<BlobRow>(Family::Blobs, key)? else { return Ok(()) };
+        if row.home != seen.home {
+            return Ok(());
+        }
+        if row.references == 0 {
+            self.remove_blob(&mut ledger, key)?;
+        } else {
+            let mut totals = ledger.totals;
+            let mut batch = self.database.batch();
+            let file = doom_data(&mut batch, &mut totals, key, &row)?;
+            row.home = BlobHome::Lost;
+            batch.put_row(Family::Blobs, key, &row)?;
+            ledger.commit(batch, totals)?;
+            ledger.doomed.extend(file);
+        }
+        self.remove_files(&mut ledger)
+    }
+
+    /// Unlinks the files whose rows are gone, and stops counting them. What cannot be unlinked now stays
+    /// counted, and is tried again by [`Self::retry_removals`].
+    pub(super) fn remove_files(&self, ledger: &mut Ledger) -> Result<(), StoreError> {
+        let doomed = std::mem::take(&mut ledger.doomed);
+        if doomed.is_empty() {
+            return Ok(());
+        }
+        if let Err(error) = self.database.sync() {
+            ledger.stuck.extend(doomed);
+            return Err(error);
+        }
+        let mut totals = ledger.totals;
+        let mut batch = self.database.batch();
+        let mut gone = Vec::with_capacity(doomed.len());
+        for file in doomed {
+            match std::fs::remove_file(self.directory.blob_path(&file.name)) {
+                Err(error) if !is_absent(&error) => {
+                    tracing::error!(file = file.name, %error, "cannot remove a blob file");
+                    ledger.stuck.push(file);
+                }
+                _ => {
+                    batch.delete(Family::Doomed, file.name.as_bytes())?;
+                    totals.stored_bytes = totals.stored_bytes.saturating_sub(file.counted_bytes);
+                    gone.push(file);
+                }
+            }
+        }
+        ledger.commit(batch, totals).inspect_err(|_| ledger.stuck.extend(gone))
+    }
+
+    /// Tries again what [`Self::remove_files`] could not remove.
+    pub(super) fn retry_removals(&self) -> Result<(), StoreError> {
+        let mut ledger = self.ledger();
+        let stuck = std::mem::take(&mut ledger.stuck);
+        ledger.doomed.extend(stuck);
+        self.remove_files(&mut ledger)
+    }
+
+    /// Completes what a crash interrupted: every doomed file goes.
+    pub(super) fn finish_removals(&self) -> Result<(), StoreError> {
+        let mut ledger = self.ledger();
+        for (name, row) in self.database.all(Family::Doomed)? {
+            let row: DoomedRow = rows::decode(&row, "doomed")?;
+            let name = String::from_utf8(name.into_vec()).map_err(|_| StoreError::DamagedRow("doomed"))?;
+            ledger.doomed.push(DoomedFile { name, counted_bytes: row.counted_bytes });
+        }
+        self.remove_files(&mut ledger)
+    }
+}
+
+/// Deletes a blob's data with the batch: inline data at once, a file by dooming it.
+fn doom_data(
+    batch: &mut Batch<'_>,
+    totals: &mut Totals,
+    key: &[u8],
+    row: &BlobRow,
+) -> Result<Option<DoomedFile>, StoreError> {
+    match row.home {
+        BlobHome::Inline => {
+            batch.delete(Family::BlobData, key)?;
+            totals.stored_bytes = totals.stored_bytes.saturating_sub(rows::row_bytes(row.stored_bytes));
+            Ok(None)
+        }
+        BlobHome::File(number) => {
+            let name = DataDirectory::blob_name(key, number)?;
+            let counted_bytes = rows::file_bytes(row.stored_bytes);
+            batch.put_row(Family::Doomed, name.as_bytes(), &DoomedRow { counted_bytes })?;
+            Ok(Some(DoomedFile { name, counted_bytes }))
+        }
+        BlobHome::Lost => Ok(None),
+    }
+}

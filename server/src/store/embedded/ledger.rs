@@ -1,0 +1,122 @@
+//! The account of space: what is stored, what is reserved, and that both together stay below the limit.
+//!
+//! Invariants:
+//! - `stored + reserved ≤ limit` at every moment.
+//! - What an upload writes to the staging directory was reserved before.
+//! - The totals in memory are those of the last batch that was written; a failed write changes nothing.
+
+use std::sync::{Arc, MutexGuard, PoisonError};
+
+use super::Engine;
+use super::database::Batch;
+use super::eviction::DoomedFile;
+use super::rows::Totals;
+use crate::store::StoreError;
+
+/// The disk keeps at least this much free for RocksDB's log and compactions, whatever the limit says.
+const DISK_HEAD_ROOM_BYTES: u64 = 16 << 20;
+
+/// What the ledger's lock protects. Whoever holds it is the only writer of entries.
+#[derive(Debug, Default)]
+pub(super) struct Ledger {
+    pub(super) totals: Totals,
+    pub(super) reserved_bytes: u64,
+    pub(super) evicted_entries: u64,
+    pub(super) evicted_bytes: u64,
+    /// Files whose rows are gone and that wait for being unlinked; still counted in the totals.
+    pub(super) doomed: Vec<DoomedFile>,
+    /// Those that could not be unlinked.
+    pub(super) stuck: Vec<DoomedFile>,
+}
+
+impl Ledger {
+    pub(super) fn used_bytes(&self) -> u64 {
+        self.totals.stored_bytes.saturating_add(self.reserved_bytes)
+    }
+
+    /// What the doomed files are counted as.
+    pub(super) fn doomed_bytes(&self) -> u64 {
+        self.doomed.iter().fold(0, |sum, file| sum.saturating_add(file.counted_bytes))
+    }
+
+    /// What is stored, without files that are on their way out.
+    pub(super) fn kept_bytes(&self) -> u64 {
+        self.totals.stored_bytes.saturating_sub(self.doomed_bytes())
+    }
+
+    /// Writes a batch together with the totals that are right after it.
+    pub(super) fn commit(&mut self, mut batch: Batch<'_>, totals: Totals) -> Result<(), StoreError> {
+        batch.put_totals(&totals);
+        batch.write()?;
+        self.totals = totals;
+        Ok(())
+    }
+}
+
+impl Engine {
+    /// Takes the ledger's lock. A panic of another holder leaves the ledger as of the last batch.
+    pub(super) fn ledger(&self) -> MutexGuard<'_, Ledger> {
+        self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// An empty reservation.
+    pub(super) fn reservation(self: &Arc<Self>) -> Reservation {
+        Reservation { engine: Arc::clone(self), bytes: 0 }
+    }
+
+    fn check_disk(&self, growth_bytes: u64) -> Result<(), StoreError> {
+        let disk =
+            rustix::fs::statvfs(&self.directory.root).map_err(|error| StoreError::Write(error.into()))?;
+        let free_bytes = disk.f_bavail.saturating_mul(disk.f_frsize);
+        if free_bytes < growth_bytes.saturating_add(DISK_HEAD_ROOM_BYTES) {
+            return Err(StoreError::Full { needed_bytes: growth_bytes });
+        }
+        Ok(())
+    }
+}
+
+/// Bytes that nobody else may take. Given back when it is dropped, which takes the ledger's lock: it must not
+/// be dropped by a holder of that lock unless it was spent.
+pub(super) struct Reservation {
+    engine: Arc<Engine>,
+    bytes: u64,
+}
+
+impl Reservation {
+    /// Bytes reserved so far.
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Grows to at least `bytes`, evicting what is needed.
+    ///
+    /// # Errors
+    /// [`StoreError::Full`] where that cannot be; what was reserved stays reserved.
+    pub(super) fn ensure(&mut self, bytes: u64) -> Result<(), StoreError> {
+        let Some(growth_bytes) = bytes.checked_sub(self.bytes).filter(|growth| *growth > 0) else {
+            return Ok(());
+        };
+        self.engine.check_disk(growth_bytes)?;
+        let mut ledger = self.engine.ledger();
+        self.engine.make_room(&mut ledger, growth_bytes)?;
+        ledger.reserved_bytes += growth_bytes;
+        drop(ledger);
+        self.bytes = bytes;
+        Ok(())
+    }
+
+    /// Ends the reservation because its bytes are counted in the totals from now on.
+    pub(super) fn spend(&mut self, ledger: &mut Ledger) {
+        ledger.reserved_bytes = ledger.reserved_bytes.saturating_sub(self.bytes);
+        self.bytes = 0;
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        if self.bytes > 0 {
+            let engine = Arc::clone(&self.engine);
+            self.spend(&mut engine.ledger());
+        }
+    }
+}

@@ -1,0 +1,298 @@
+//! The store on one machine: RocksDB for metadata and small blobs, files for the others.
+//!
+//! ```text
+//! DATA/
+//!   db/            RocksDB: all rows (see rows.rs), blobs of up to 16 KiB compressed; its LOCK keeps a second
+//!                  server out
+//!   blobs/00 … ff/ larger blobs, by the first two digits of their digest:
+//!                  <digest>-<number, 16 hex digits>-<namespace>
+//!                  zstd frames, as they were uploaded
+//!   staging/       uploads that are not verified yet; emptied at start
+//!   tokens/        one file per token (see tokens.rs)
+//! ```
+//!
+//! Contract: a backup is `db` and `blobs` of a stopped server. Everything else about the layout may change
+//! with the format version, which a server of another version refuses.
+//!
+//! A file's number is new for every upload, so that removing an evicted blob's file can never hit the file of
+//! the same blob uploaded again.
+//!
+//! Invariants:
+//! - Every file below `blobs` is named by a row of `blobs` or of `doomed`; starting therefore needs no scan.
+//! - A row that names a file is written after the file is durable, and deleted before the file goes.
+//! - The space account holds at every moment (see ledger.rs). Beyond it the directory holds what RocksDB
+//!   works with; [`working_bytes`] of the configured size are kept aside for that.
+//!
+//! Locks, in order: ledger, then touches. Whoever writes entries holds the ledger; reads take neither. A
+//! reservation is never dropped with the ledger held.
+//!
+//! Every call that touches RocksDB or a file runs on tokio's blocking threads: most take microseconds, but a
+//! read may wait for the disk and a write for a compaction. A call that was begun runs to its end, even where
+//! the request that made it is gone.
+
+mod access;
+mod database;
+mod eviction;
+mod ledger;
+mod results;
+mod rows;
+mod upload;
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use bytes::Bytes;
+use cachec_protocol::digest::DIGEST_BYTES;
+use cachec_protocol::message::Manifest;
+use cachec_protocol::{ActionKey, Digest};
+
+use self::database::{Database, Family, is_absent};
+use self::ledger::Ledger;
+use self::rows::{BlobHome, Entry};
+use super::{
+    BlobLengths, BlobSource, BlobUpload, OpenBlob, Publication, PutOutcome, Store, StoreError, StoreFuture,
+    StoreStats,
+};
+use crate::namespace::Namespace;
+
+/// How a store is opened.
+#[derive(Debug, Clone)]
+pub struct EmbeddedOptions {
+    /// The data directory; created where it does not exist.
+    pub directory: PathBuf,
+    /// Most bytes that the data directory takes.
+    pub max_size_bytes: u64,
+    /// Most content bytes of one blob.
+    pub max_blob_bytes: u64,
+}
+
+/// The part of the size that is kept aside for RocksDB's log, memory tables and compactions.
+#[must_use]
+pub fn working_bytes(max_size_bytes: u64) -> u64 {
+    (max_size_bytes / 8).min(256 << 20)
+}
+
+/// The store. Cheap to clone; the database closes with the last clone.
+#[derive(Clone)]
+pub struct Embedded {
+    engine: Arc<Engine>,
+}
+
+struct Engine {
+    database: Database,
+    directory: DataDirectory,
+    limit_bytes: u64,
+    max_blob_bytes: u64,
+    ledger: Mutex<Ledger>,
+    /// Accesses that wait for being applied.
+    touches: Mutex<Vec<Entry>>,
+}
+
+/// The paths of a data directory.
+#[derive(Debug)]
+struct DataDirectory {
+    root: PathBuf,
+    staging: PathBuf,
+    blobs: PathBuf,
+}
+
+impl Embedded {
+    /// Opens or creates a store, empties its staging directory and completes interrupted removals.
+    ///
+    /// # Errors
+    /// Those of the file system; a database that another process has open, or of another format version.
+    pub fn open(options: &EmbeddedOptions) -> Result<Self, StoreError> {
+        let working_bytes = working_bytes(options.max_size_bytes);
+        let directory = DataDirectory::create(&options.directory).map_err(StoreError::Write)?;
+        let database = Database::open(&directory.root.join("db"), working_bytes)?;
+        // Only now it is certain that no other server uses the directory.
+        directory.empty_staging().map_err(StoreError::Write)?;
+        let ledger = Ledger { totals: database.totals()?, ..Ledger::default() };
+        let engine = Engine {
+            database,
+            directory,
+            limit_bytes: options.max_size_bytes.saturating_sub(working_bytes),
+            max_blob_bytes: options.max_blob_bytes,
+            ledger: Mutex::new(ledger),
+            touches: Mutex::new(Vec::new()),
+        };
+        engine.finish_removals()?;
+        // The limit may have been lowered.
+        engine.make_room(&mut engine.ledger(), 0)?;
+        Ok(Self { engine: Arc::new(engine) })
+    }
+
+    /// What is to be done about once a second: access times, removals that failed, the sync.
+    pub fn maintain(&self) -> StoreFuture<'_, ()> {
+        self.run(|engine| {
+            let applied = engine.apply_touches(&mut engine.ledger());
+            let removed = engine.retry_removals();
+            engine.database.sync().and(applied).and(removed)
+        })
+    }
+
+    /// Brings everything to disk. The last thing that is done with a store.
+    ///
+    /// # Errors
+    /// Those of writing; what was acknowledged may then be forgotten after a power cut.
+    pub fn close(&self) -> Result<(), StoreError> {
+        let applied = self.engine.apply_touches(&mut self.engine.ledger());
+        self.engine.database.close().and(applied)
+    }
+
+    fn run<T, F>(&self, work: F) -> StoreFuture<'_, T>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Arc<Engine>) -> Result<T, StoreError> + Send + 'static,
+    {
+        let engine = Arc::clone(&self.engine);
+        Box::pin(async move {
+            tokio::task::spawn_blocking(move || work(&engine))
+                .await
+                .unwrap_or_else(|panic| Err(StoreError::Read(io::Error::other(panic))))
+        })
+    }
+}
+
+impl Store for Embedded {
+    fn lookup(
+        &self,
+        namespace: Namespace,
+        keys: Vec<ActionKey>,
+        limit_bytes: usize,
+    ) -> StoreFuture<'_, Vec<Manifest>> {
+        self.run(move |engine| engine.lookup(&namespace, &keys, limit_bytes))
+    }
+
+    fn blob_lengths(&self, namespace: Namespace, digest: Digest) -> StoreFuture<'_, Option<BlobLengths>> {
+        self.run(move |engine| engine.blob_lengths(&rows::row_key(&namespace, digest.as_bytes())))
+    }
+
+    fn open_blob(&self, namespace: Namespace, digest: Digest) -> StoreFuture<'_, Option<OpenBlob>> {
+        self.run(move |engine| engine.open_blob(&rows::row_key(&namespace, digest.as_bytes())))
+    }
+
+    fn missing_blobs(&self, namespace: Namespace, digests: Vec<Digest>) -> StoreFuture<'_, Vec<Digest>> {
+        self.run(move |engine| engine.missing_blobs(&namespace, digests))
+    }
+
+    fn put_blob(&self, upload: BlobUpload) -> StoreFuture<'_, PutOutcome> {
+        self.run(move |engine| engine.put_blob(upload))
+    }
+
+    fn publish(&self, publication: Publication) -> StoreFuture<'_, PutOutcome> {
+        self.run(move |engine| engine.publish(&publication))
+    }
+
+    fn stats(&self) -> StoreFuture<'_, StoreStats> {
+        self.run(|engine| Ok(engine.stats()))
+    }
+}
+
+impl Engine {
+    fn blob_lengths(&self, key: &[u8]) -> Result<Option<BlobLengths>, StoreError> {
+        let Some(row) = self.blob_row(key)? else { return Ok(None) };
+        self.touch([Entry::blob(key)])?;
+        Ok(Some(BlobLengths { stored_bytes: row.stored_bytes, content_bytes: row.content_bytes }))
+    }
+
+    fn missing_blobs(&self, namespace: &Namespace, digests: Vec<Digest>) -> Result<Vec<Digest>, StoreError> {
+        let mut missing = Vec::new();
+        let mut present = Vec::new();
+        for digest in digests {
+            let key = rows::row_key(namespace, digest.as_bytes());
+            match self.blob_row(&key)? {
+                Some(_) => present.push(Entry::blob(key)),
+                None => missing.push(digest),
+            }
+        }
+        self.touch(present)?;
+        Ok(missing)
+    }
+
+    /// Opens a blob. Where its file is gone, it was evicted and perhaps uploaded again since the row was read,
+    /// so the row is read again; where the row still names the file, the blob is lost.
+    fn open_blob(&self, key: &[u8]) -> Result<Option<OpenBlob>, StoreError> {
+        loop {
+            let Some(row) = self.blob_row(key)? else { return Ok(None) };
+            let source = match row.home {
+                BlobHome::Inline => self
+                    .database
+                    .get(Family::BlobData, key)?
+                    .map(|data| BlobSource::Memory(Bytes::copy_from_slice(&data))),
+                BlobHome::File(number) => {
+                    self.directory.open_blob(key, number, row.stored_bytes)?.map(BlobSource::File)
+                }
+                BlobHome::Lost => None,
+            };
+            if let Some(source) = source {
+                self.touch([Entry::blob(key)])?;
+                return Ok(Some(OpenBlob { stored_bytes: row.stored_bytes, source }));
+            }
+            if self.blob_row(key)?.is_some_and(|now| now.home == row.home) {
+                tracing::error!(?row, "a blob's data is missing or cut; it counts as absent from now on");
+                self.mark_lost(key, &row)?;
+            }
+        }
+    }
+
+    fn stats(&self) -> StoreStats {
+        let database = self.database.figures();
+        let ledger = self.ledger();
+        StoreStats {
+            stored_bytes: ledger.totals.stored_bytes,
+            reserved_bytes: ledger.reserved_bytes,
+            limit_bytes: self.limit_bytes,
+            blobs: ledger.totals.blobs,
+            results: ledger.totals.results,
+            evicted_entries: ledger.evicted_entries,
+            evicted_bytes: ledger.evicted_bytes,
+            database,
+        }
+    }
+}
+
+impl DataDirectory {
+    fn create(root: &Path) -> io::Result<Self> {
+        let directory =
+            Self { root: root.to_owned(), staging: root.join("staging"), blobs: root.join("blobs") };
+        fs::create_dir_all(&directory.staging)?;
+        for first in 0..=u8::MAX {
+            fs::create_dir_all(directory.blobs.join(format!("{first:02x}")))?;
+        }
+        File::open(&directory.blobs)?.sync_all()?;
+        File::open(root)?.sync_all()?;
+        Ok(directory)
+    }
+
+    fn empty_staging(&self) -> io::Result<()> {
+        for entry in fs::read_dir(&self.staging)? {
+            fs::remove_file(entry?.path())?;
+        }
+        Ok(())
+    }
+
+    /// The name of the file of a blob row.
+    fn blob_name(key: &[u8], number: u64) -> Result<String, StoreError> {
+        let digest = Digest::from_bytes(rows::key_digest(key)?);
+        let namespace = key.get(..key.len().saturating_sub(DIGEST_BYTES + 1)).unwrap_or_default();
+        let namespace = std::str::from_utf8(namespace).map_err(|_| StoreError::DamagedRow("key"))?;
+        Ok(format!("{digest}-{number:016x}-{namespace}"))
+    }
+
+    fn blob_path(&self, name: &str) -> PathBuf {
+        self.blobs.join(name.get(..2).unwrap_or_default()).join(name)
+    }
+
+    /// Opens a blob's file; `None` where it is missing or of another length than its row says.
+    fn open_blob(&self, key: &[u8], number: u64, length: u64) -> Result<Option<File>, StoreError> {
+        let path = self.blob_path(&Self::blob_name(key, number)?);
+        let opened = File::open(path).and_then(|file| Ok((file.metadata()?.len() == length).then_some(file)));
+        match opened {
+            Err(error) if is_absent(&error) => Ok(None),
+            opened => opened.map_err(StoreError::Read),
+        }
+    }
+}
