@@ -123,6 +123,48 @@ fn a_changed_input_compiles_what_depends_on_it() -> Result<()> {
 }
 
 #[test]
+fn a_module_file_that_appears_beside_another_is_noticed() -> Result<()> {
+    let bench = with_local_tier()?;
+    bench.project.write("leaf/src/lib.rs", "mod inner;\npub fn text() -> String { inner::text() }\n")?;
+    bench.project.write("leaf/src/inner.rs", "pub fn text() -> String { \"inner\".to_owned() }\n")?;
+    bench.build(&[])?;
+    bench.project.write("leaf/src/inner/mod.rs", "pub fn text() -> String { \"other\".to_owned() }\n")?;
+    bench.project.wipe()?;
+    let build = bench.machine.cargo(&bench.project.root, &["build"])?;
+    assert!(!build.success && build.stderr.contains("found at both"), "{}", build.stderr);
+    Ok(())
+}
+
+#[test]
+fn a_source_that_changes_during_the_compile_is_not_stored() -> Result<()> {
+    let bench = with_local_tier()?;
+    // A file that the compile includes, and that is replaced (with an old mtime) by its own proc macro's
+    // build would be elaborate; a compiler that changes it at its end does the same.
+    let script = bench.machine.path("bin/rustc");
+    let text = fs::read_to_string(&script)?.replace(
+        "exec ",
+        "case \"$*\" in *--crate-name\\ leaf\\ *) change=1;; *) change=;; esac\n\
+         real() { ",
+    );
+    let text = text
+        + "}\nreal \"$@\"\ncode=$?\n[ -n \"$change\" ] && [ -n \"$CHANGED\" ] && printf two > \"$CHANGED\" && \
+        touch -d 2001-01-01 \"$CHANGED\"\nexit $code\n";
+    fs::write(&script, text)?;
+    let changed = bench.project.root.join("leaf/src/text.txt");
+    let machine = bench.machine.with("CHANGED", changed.to_string_lossy());
+    let build = machine.cargo(&bench.project.root, &["build"])?;
+    assert!(build.success, "{}", build.stderr);
+    assert_eq!(bench.project.run_app()?, "app middle one unset");
+    machine.cachec(&bench.project.root, &["flush"])?;
+    let not_stored = machine.statistics(&bench.project.root)?["not_stored"].clone();
+    assert_eq!(not_stored["input-changed"].as_u64(), Some(1), "{not_stored}");
+    bench.project.wipe()?;
+    machine.cargo(&bench.project.root, &["build"])?;
+    assert_eq!(bench.project.run_app()?, "app middle two unset");
+    Ok(())
+}
+
+#[test]
 fn a_changed_variable_of_env_is_compiled_and_each_value_known_afterwards() -> Result<()> {
     let mut bench = with_local_tier()?;
     for (setting, compiled) in [("a", &EVERYTHING[..]), ("b", &EVERYTHING[..]), ("a", &APP_ONLY[..])] {

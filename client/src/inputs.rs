@@ -54,7 +54,13 @@ pub(crate) fn gather(
 ) -> Result<Vec<Input>, NotStorable> {
     let mut inputs = Vec::new();
     let gatherer = Gatherer { unit, memo, started_ns };
-    for file in dep_info.files.iter().map(Vec::as_slice).chain(unit.invocation.extern_files()) {
+    for file in &dep_info.files {
+        inputs.push(gatherer.file(file)?);
+        if let Some(other) = other_module_file(file) {
+            gatherer.absent(&other, &mut inputs)?;
+        }
+    }
+    for file in unit.invocation.extern_files() {
         inputs.push(gatherer.file(file)?);
     }
     for argument in &unit.invocation.arguments {
@@ -83,13 +89,9 @@ struct Gatherer<'a> {
 impl Gatherer<'_> {
     fn file(&self, path: &[u8]) -> Result<Input, NotStorable> {
         let absolute = self.unit.working_directory.join(OsStr::from_bytes(path));
-        let before = fs::metadata(&absolute).map_err(|_| NotStorable::UnreadableInput)?;
-        let known = self.memo.recall(&crate::memo::Identity::of(&before));
         let (digest, identity) = self.memo.digest(&absolute).map_err(|_| NotStorable::UnreadableInput)?;
-        let changed = identity.mtime_ns > self.started_ns || identity.ctime_ns > self.started_ns;
-        // A link or a rename sets the ctime alone, and this process does both with files it has hashed.
-        let only_moved = identity.mtime_ns <= self.started_ns && known.is_some();
-        if changed && !only_moved {
+        // Whoever changes a file can set its mtime, but not its ctime.
+        if identity.ctime_ns > self.started_ns {
             return Err(NotStorable::InputChanged);
         }
         self.input(InputKind::File, path, Some(digest))
@@ -98,6 +100,15 @@ impl Gatherer<'_> {
     fn input(&self, kind: InputKind, path: &[u8], digest: Option<Digest>) -> Result<Input, NotStorable> {
         let name = self.unit.normalised_path(path).ok_or(NotStorable::UnnormalisablePath)?;
         Ok(Input { kind, name, digest })
+    }
+
+    /// A name at which nothing is; if something is there, the compiler did not mind.
+    fn absent(&self, path: &[u8], inputs: &mut Vec<Input>) -> Result<(), NotStorable> {
+        let absolute = self.unit.working_directory.join(OsStr::from_bytes(path));
+        if fs::symlink_metadata(absolute).is_err() {
+            inputs.push(self.input(InputKind::Absent, path, None)?);
+        }
+        Ok(())
     }
 
     fn native_directory(&self, directory: &[u8], inputs: &mut Vec<Input>) -> Result<(), NotStorable> {
@@ -148,6 +159,14 @@ impl Gatherer<'_> {
             .iter()
             .map(|file| Path::new(OsStr::from_bytes(file)))
             .any(|file| directory.is_absolute() && file.starts_with(directory) && !file.starts_with(sources))
+    }
+}
+
+/// The other place of a module, `a/mod.rs` for `a.rs`: if a file appears there, the module is ambiguous.
+fn other_module_file(file: &[u8]) -> Option<Vec<u8>> {
+    match file.strip_suffix(b"/mod.rs") {
+        Some(directory) => Some([directory, b".rs"].concat()),
+        None => Some([file.strip_suffix(b".rs")?, b"/mod.rs"].concat()),
     }
 }
 

@@ -27,7 +27,7 @@ pub(crate) struct Identity {
     device: u64,
     inode: u64,
     pub(crate) size_bytes: u64,
-    pub(crate) mtime_ns: i64,
+    mtime_ns: i64,
     pub(crate) ctime_ns: i64,
 }
 
@@ -91,7 +91,7 @@ impl Memo {
     }
 
     /// The digest of a file of exactly this identity, if known.
-    pub(crate) fn recall(&self, identity: &Identity) -> Option<Digest> {
+    fn recall(&self, identity: &Identity) -> Option<Digest> {
         let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
         let (known, digest) = entries.get(&(identity.device, identity.inode))?;
         (known == identity).then_some(*digest)
