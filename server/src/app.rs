@@ -16,6 +16,7 @@ use tower::ServiceBuilder;
 use tower::limit::GlobalConcurrencyLimitLayer;
 use tower::load_shed::LoadShedLayer;
 
+use crate::body;
 use crate::endpoints::{blobs, fetch, lookup, missing, probes, results};
 use crate::error::ApiError;
 use crate::metrics::Metrics;
@@ -127,6 +128,7 @@ pub fn router(app: App) -> Router {
         .route("/metrics", get(probes::metrics))
         .fallback(unknown_path)
         .method_not_allowed_fallback(|| async { ApiError::METHOD_NOT_ALLOWED })
+        .layer(middleware::from_fn_with_state(app.clone(), body::answer_when_sent))
         .layer(middleware::from_fn_with_state(app.clone(), observe))
         .with_state(app)
 }

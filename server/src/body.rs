@@ -4,17 +4,22 @@
 //! rate behind a head start of the same length. Only time that is spent waiting for the sender counts.
 
 use std::io::{self, Read};
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use axum::body::{Body, HttpBody};
+use axum::extract::{Request, State};
 use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE, EXPECT};
-use axum::http::request::Parts;
-use axum::http::{HeaderValue, Version};
+use axum::http::{HeaderValue, StatusCode, Version};
+use axum::middleware::Next;
 use axum::response::Response;
 use bytes::Bytes;
 use cachec_protocol::DecodeError;
 use cachec_protocol::codec::{self, Message};
 use http_body_util::BodyExt;
+use hyper::body::{Frame, SizeHint};
 use minicbor::Decode;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
@@ -25,8 +30,9 @@ use crate::store::{BlobReader, OpenBlob};
 /// Pieces of a body that wait between the connection and the thread that verifies it.
 const WAITING_PIECES: usize = 4;
 
-/// Most bytes that are read only to be thrown away, before the connection is closed instead.
-const DISCARD_BYTES: u64 = 16 << 20;
+/// Most bytes that are read only to be thrown away, before the connection is closed instead. More than any
+/// message may have.
+const DISCARD_BYTES: u64 = 64 << 20;
 
 /// A request body that is being read.
 pub struct RequestBody<'a> {
@@ -117,22 +123,75 @@ impl<'a> RequestBody<'a> {
         let _ = pieces.send(Piece::End).await;
         Ok(())
     }
+}
 
-    /// Makes an HTTP/1 connection usable for the response to a request whose body was not read: a client that
-    /// is still sending may not look for an answer. A body that has not begun (`Expect: 100-continue`), and one
-    /// on an HTTP/2 stream, needs no such care; a very long one is not worth it.
-    pub async fn discard(mut self, parts: &Parts) {
-        let waits = parts.headers.get(EXPECT).is_some() && self.received_bytes == 0;
-        if parts.version >= Version::HTTP_2 || waits {
-            return;
+/// Makes the connection usable for the response to a request whose body was not read to its end: an HTTP/1
+/// client that is still sending may not look for an answer before it is done, and closing resets what it has not
+/// read. A body that has not begun (`Expect: 100-continue`), and one on an HTTP/2 stream, needs no such care; a
+/// very long one is not worth it.
+pub async fn answer_when_sent(State(app): State<App>, request: Request, next: Next) -> Response {
+    let (parts, body) = request.into_parts();
+    if parts.version >= Version::HTTP_2 || body.is_end_stream() {
+        return next.run(Request::from_parts(parts, body)).await;
+    }
+    let expects = parts.headers.contains_key(EXPECT);
+    let shared = SharedBody(Arc::new(Mutex::new(CountedBody { body, received_bytes: 0, ended: false })));
+    let response = next.run(Request::from_parts(parts, Body::new(shared.clone()))).await;
+    let (received_bytes, ended) = shared.progress();
+    let has_not_begun = expects && received_bytes == 0;
+    let has_stalled = response.status() == StatusCode::REQUEST_TIMEOUT;
+    if !(ended || has_not_begun || has_stalled) {
+        let mut rest = RequestBody::new(&app, Body::new(shared));
+        while rest.received_bytes < DISCARD_BYTES && matches!(rest.next().await, Ok(Some(_))) {}
+    }
+    response
+}
+
+/// A body that a handler reads, and that can be read on when the handler is done with it.
+#[derive(Clone)]
+struct SharedBody(Arc<Mutex<CountedBody>>);
+
+struct CountedBody {
+    body: Body,
+    received_bytes: u64,
+    ended: bool,
+}
+
+impl SharedBody {
+    fn lock(&self) -> MutexGuard<'_, CountedBody> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Bytes that were read, and whether there is nothing more to read.
+    fn progress(&self) -> (u64, bool) {
+        let counted = self.lock();
+        (counted.received_bytes, counted.ended || counted.body.is_end_stream())
+    }
+}
+
+impl HttpBody for SharedBody {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        let mut counted = self.lock();
+        let polled = ready!(Pin::new(&mut counted.body).poll_frame(context));
+        match &polled {
+            Some(Ok(frame)) => counted.received_bytes += frame.data_ref().map_or(0, Bytes::len) as u64,
+            Some(Err(_)) | None => counted.ended = true,
         }
-        let last = self.received_bytes.saturating_add(DISCARD_BYTES);
-        while self.received_bytes < last {
-            match self.next().await {
-                Ok(Some(_)) => {}
-                Ok(None) | Err(_) => return,
-            }
-        }
+        Poll::Ready(polled)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.lock().body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.lock().body.size_hint()
     }
 }
 

@@ -103,6 +103,9 @@ impl ApiError {
     /// Not able to answer requests.
     pub const NOT_READY: Self =
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "not_ready", "the store does not answer");
+    /// No room, or writing failed.
+    pub const INSUFFICIENT_STORAGE: Self =
+        Self::new(StatusCode::INSUFFICIENT_STORAGE, "insufficient_storage", "there is no room for this");
     /// Something that is not the client's fault.
     pub const INTERNAL: Self =
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", "the server failed; its log says why");

@@ -138,10 +138,20 @@ impl RunningServer {
 async fn maintain(store: Embedded) {
     let mut ticks = tokio::time::interval(MAINTENANCE_INTERVAL);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    // A full disk may stay full for long; its log should not grow meanwhile.
+    let mut is_failing = false;
     loop {
         ticks.tick().await;
-        if let Err(error) = store.maintain().await {
-            tracing::error!(%error, "housekeeping of the store failed");
+        match store.maintain().await {
+            Err(error) if !is_failing => {
+                tracing::error!(%error, "housekeeping of the store fails; it is tried again every second");
+                is_failing = true;
+            }
+            Ok(()) if is_failing => {
+                tracing::info!("housekeeping of the store works again");
+                is_failing = false;
+            }
+            _ => {}
         }
     }
 }

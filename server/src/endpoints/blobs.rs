@@ -54,24 +54,16 @@ pub async fn put(
     request: Request,
 ) -> Result<StatusCode, ApiError> {
     let digest = parse_digest(&digest)?;
-    let (parts, body) = request.into_parts();
-    let mut body = RequestBody::new(&app, body);
-    let outcome = receive(&app, namespace, digest, &mut body).await;
-    body.discard(&parts).await;
-    match outcome {
-        Ok(outcome) => Ok(put_status(outcome)),
-        Err(error) => {
-            app.metrics.rejected.with_label_values(&[error.code]).inc();
-            Err(error)
-        }
-    }
+    let outcome = receive(&app, namespace, digest, RequestBody::new(&app, request.into_body())).await;
+    let outcome = outcome.inspect_err(|error| app.metrics.rejected.with_label_values(&[error.code]).inc());
+    outcome.map(put_status)
 }
 
 async fn receive(
     app: &App,
     namespace: Namespace,
     digest: Digest,
-    body: &mut RequestBody<'_>,
+    mut body: RequestBody<'_>,
 ) -> Result<PutOutcome, ApiError> {
     if app.store.missing_blobs(namespace.clone(), vec![digest]).await?.is_empty() {
         return Ok(PutOutcome::Existed);

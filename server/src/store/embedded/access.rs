@@ -1,10 +1,10 @@
 //! Access times: what was used last, applied in batches.
 //!
-//! An access is a sequence number, not a time. Accesses wait in a list, so that reading writes nothing; they
-//! are applied once a second, when the list is long, and before anything is evicted. A crash forgets at most
+//! An access is a sequence number, given at once, not a time. Accesses wait in a list, so that reading writes
+//! nothing; they are applied once a second, when the list is long, and before anything is evicted. A crash forgets at most
 //! those that waited.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::sync::PoisonError;
 
 use super::Engine;
@@ -17,57 +17,59 @@ use crate::store::StoreError;
 const MAX_WAITING: usize = 4096;
 
 impl Engine {
-    /// Counts entries as used now. Entries that do not exist are passed over later.
-    pub(super) fn touch(&self, entries: impl IntoIterator<Item = Entry>) -> Result<(), StoreError> {
+    /// Counts entries as used now. Entries that do not exist are passed over later. That accesses cannot be
+    /// written, as on a full disk, does not keep anybody from reading: they are forgotten.
+    pub(super) fn touch(&self, entries: impl IntoIterator<Item = Entry>) {
         let waiting = {
             let mut touches = self.touches.lock().unwrap_or_else(PoisonError::into_inner);
-            touches.extend(entries);
+            touches.extend(entries.into_iter().map(|entry| (entry, self.next_sequence())));
             touches.len()
         };
         if waiting < MAX_WAITING {
-            return Ok(());
+            return;
         }
-        self.apply_touches(&mut self.ledger())
+        if let Err(error) = self.apply_touches(&mut self.ledger()) {
+            tracing::warn!(%error, "access times are lost");
+        }
     }
 
-    /// Applies all accesses that wait, in their order. Lock order: ledger, then touches.
+    /// Applies all accesses that wait. Lock order: ledger, then touches.
     pub(super) fn apply_touches(&self, ledger: &mut Ledger) -> Result<(), StoreError> {
         let waiting = std::mem::take(&mut *self.touches.lock().unwrap_or_else(PoisonError::into_inner));
-        // Only an entry's last access counts.
-        let mut seen = HashSet::with_capacity(waiting.len());
-        let mut last: Vec<&Entry> = waiting.iter().rev().filter(|entry| seen.insert(*entry)).collect();
-        last.reverse();
-        for entries in last.chunks(MAX_WAITING) {
-            self.apply(ledger, entries)?;
+        // Only an entry's last access counts, and a batch that reads a row twice would not see its own write.
+        let last: HashMap<Entry, u64> = waiting.into_iter().collect();
+        let last: Vec<(Entry, u64)> = last.into_iter().collect();
+        for touches in last.chunks(MAX_WAITING) {
+            self.apply(ledger, touches)?;
         }
         Ok(())
     }
 
-    fn apply(&self, ledger: &mut Ledger, entries: &[&Entry]) -> Result<(), StoreError> {
-        let mut totals = ledger.totals;
+    fn apply(&self, ledger: &mut Ledger, touches: &[(Entry, u64)]) -> Result<(), StoreError> {
         let mut batch = self.database.batch();
-        for entry in entries {
-            let (before, now, listed) = match entry.kind {
+        for (entry, sequence) in touches {
+            let (before, listed) = match entry.kind {
                 EntryKind::Result => {
                     let row = self.database.get_row::<ResultRow>(Family::ResultRows, &entry.key)?;
-                    let Some(mut row) = row else { continue };
-                    let before = std::mem::replace(&mut row.sequence, totals.next_sequence());
+                    let Some(mut row) = row.filter(|row| row.sequence < *sequence) else { continue };
+                    let before = std::mem::replace(&mut row.sequence, *sequence);
                     batch.put_row(Family::ResultRows, &entry.key, &row)?;
-                    (before, row.sequence, true)
+                    (before, true)
                 }
                 EntryKind::Blob => {
                     let row = self.database.get_row::<BlobRow>(Family::Blobs, &entry.key)?;
-                    let Some(mut row) = row else { continue };
-                    let before = std::mem::replace(&mut row.sequence, totals.next_sequence());
+                    let Some(mut row) = row.filter(|row| row.sequence < *sequence) else { continue };
+                    let before = std::mem::replace(&mut row.sequence, *sequence);
                     batch.put_row(Family::Blobs, &entry.key, &row)?;
-                    (before, row.sequence, row.references == 0)
+                    (before, row.references == 0)
                 }
             };
             if listed {
                 batch.delete(Family::Lru, &entry.lru_key(before))?;
-                batch.put(Family::Lru, &entry.lru_key(now), &[])?;
+                batch.put(Family::Lru, &entry.lru_key(*sequence), &[])?;
             }
         }
-        ledger.commit(batch, totals)
+        let totals = ledger.totals;
+        self.commit(ledger, batch, totals)
     }
 }

@@ -6,13 +6,15 @@
 //! some moment between its last sync and the cut: newest entries may be forgotten, none is half there.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 
 use cachec_protocol::codec::{self, Message};
 use minicbor::{Decode, Encode};
 use rocksdb::{
-    BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBPinnableSlice, Direction,
-    IteratorMode, Options, WriteBatch, properties,
+    BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, Direction, IteratorMode, Options,
+    WriteBatch, properties,
 };
 
 use super::rows::{self, FORMAT_VERSION, Totals};
@@ -71,51 +73,80 @@ impl Family {
 pub(super) type Row = (Box<[u8]>, Box<[u8]>);
 
 /// The open database. One process at a time: RocksDB holds a lock file.
+///
+/// RocksDB stays in an error state when its log cannot be written, as on a full disk: it reads on and refuses
+/// to write. Only opening it again ends that, which [`Database::reopen`] does.
 pub(super) struct Database {
-    db: DB,
+    directory: PathBuf,
+    working_bytes: u64,
     cache: Cache,
+    /// `None` where opening it again failed. The lock is only held for single calls, exclusively only to open.
+    db: RwLock<Option<DB>>,
+    has_failed: AtomicBool,
+}
+
+/// The database for the time of one call.
+struct Open<'d>(RwLockReadGuard<'d, Option<DB>>);
+
+impl Open<'_> {
+    fn db(&self) -> Result<&DB, StoreError> {
+        self.0.as_ref().ok_or_else(|| StoreError::Read(io::Error::other("the database is not open")))
+    }
+
+    fn family(&self, family: Family) -> Result<&ColumnFamily, StoreError> {
+        // Every family was opened or created with the database.
+        self.db()?.cf_handle(family.name()).ok_or(StoreError::DamagedRow("column family"))
+    }
 }
 
 impl Database {
     /// Opens or creates it. RocksDB's log and memory tables together stay below `working_bytes`.
-    pub(super) fn open(directory: &Path, working_bytes: u64) -> Result<Self, StoreError> {
+    pub(super) fn open(directory: PathBuf, working_bytes: u64) -> Result<Self, StoreError> {
         let cache = Cache::new_lru_cache(BLOCK_CACHE_BYTES);
-        let options = database_options(working_bytes);
-        let families = Family::ALL
-            .into_iter()
-            .map(Family::name)
-            .chain([rocksdb::DEFAULT_COLUMN_FAMILY_NAME])
-            .map(|name| ColumnFamilyDescriptor::new(name, family_options(&cache)));
-        let db = DB::open_cf_descriptors(&options, directory, families).map_err(StoreError::database_read)?;
-        let database = Self { db, cache };
-        database.check_format()?;
-        Ok(database)
+        let db = open(&directory, working_bytes, &cache)?;
+        let (db, has_failed) = (RwLock::new(Some(db)), AtomicBool::new(false));
+        Ok(Self { directory, working_bytes, cache, db, has_failed })
     }
 
-    fn check_format(&self) -> Result<(), StoreError> {
-        match self.db.get_pinned("format").map_err(StoreError::database_read)? {
-            None => self.db.put("format", [FORMAT_VERSION]).map_err(StoreError::database_write),
-            Some(version) if *version == [FORMAT_VERSION] => Ok(()),
-            Some(_) => Err(StoreError::DamagedRow("format: written by another version of cachec-server")),
-        }
+    /// Whether a write failed since it was opened.
+    pub(super) fn has_failed(&self) -> bool {
+        self.has_failed.load(Ordering::Relaxed)
+    }
+
+    /// Closes it and opens it again, with everything that was written. Reads wait meanwhile.
+    pub(super) fn reopen(&self) -> Result<(), StoreError> {
+        let mut slot = self.db.write().unwrap_or_else(PoisonError::into_inner);
+        // The lock file allows only one at a time.
+        drop(slot.take());
+        *slot = Some(open(&self.directory, self.working_bytes, &self.cache)?);
+        self.has_failed.store(false, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn read(&self) -> Open<'_> {
+        Open(self.db.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Remembers that a write failed.
+    fn watch<T>(&self, written: Result<T, rocksdb::Error>) -> Result<T, StoreError> {
+        written.map_err(|error| {
+            self.has_failed.store(true, Ordering::Relaxed);
+            StoreError::database_write(error)
+        })
     }
 
     /// The totals as of the last batch.
     pub(super) fn totals(&self) -> Result<Totals, StoreError> {
-        match self.db.get_pinned("totals").map_err(StoreError::database_read)? {
+        match self.read().db()?.get_pinned("totals").map_err(StoreError::database_read)? {
             Some(bytes) => rows::decode(&bytes, "totals"),
             None => Ok(Totals::default()),
         }
     }
 
-    fn family(&self, family: Family) -> Result<&ColumnFamily, StoreError> {
-        // Every family was opened or created with the database.
-        self.db.cf_handle(family.name()).ok_or(StoreError::DamagedRow("column family"))
-    }
-
     /// A value as it is stored.
-    pub(super) fn get(&self, family: Family, key: &[u8]) -> Result<Option<DBPinnableSlice<'_>>, StoreError> {
-        self.db.get_pinned_cf(self.family(family)?, key).map_err(StoreError::database_read)
+    pub(super) fn get(&self, family: Family, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
+        let open = self.read();
+        open.db()?.get_cf(open.family(family)?, key).map_err(StoreError::database_read)
     }
 
     /// A small row, decoded.
@@ -129,15 +160,16 @@ impl Database {
 
     /// The first key at or after `from`.
     pub(super) fn first_key(&self, family: Family, from: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
-        let mut rows =
-            self.db.iterator_cf(self.family(family)?, IteratorMode::From(from, Direction::Forward));
-        let first = rows.next().transpose().map_err(StoreError::database_read)?;
-        Ok(first.map(|(key, _)| key.into_vec()))
+        let open = self.read();
+        let from = IteratorMode::From(from, Direction::Forward);
+        let first = open.db()?.iterator_cf(open.family(family)?, from).next().transpose();
+        Ok(first.map_err(StoreError::database_read)?.map(|(key, _)| key.into_vec()))
     }
 
     /// All rows of a family that is known to be small.
     pub(super) fn all(&self, family: Family) -> Result<Vec<Row>, StoreError> {
-        let rows = self.db.iterator_cf(self.family(family)?, IteratorMode::Start);
+        let open = self.read();
+        let rows = open.db()?.iterator_cf(open.family(family)?, IteratorMode::Start);
         rows.collect::<Result<_, _>>().map_err(StoreError::database_read)
     }
 
@@ -148,26 +180,28 @@ impl Database {
 
     /// Makes everything written so far survive a power cut.
     pub(super) fn sync(&self) -> Result<(), StoreError> {
-        self.db.flush_wal(true).map_err(StoreError::database_write)
+        self.watch(self.read().db()?.flush_wal(true))
     }
 
     /// Stops compactions, then syncs.
     pub(super) fn close(&self) -> Result<(), StoreError> {
-        self.db.cancel_all_background_work(true);
+        self.read().db()?.cancel_all_background_work(true);
         self.sync()
     }
 
     /// RocksDB's figures, summed over the families.
     pub(super) fn figures(&self) -> Vec<(&'static str, u64)> {
+        let open = self.read();
         let sum = |property: &properties::PropName| {
             Family::ALL
                 .into_iter()
-                .filter_map(|family| self.db.cf_handle(family.name()))
-                .filter_map(|family| self.db.property_int_value_cf(family, property).ok().flatten())
+                .filter_map(|family| {
+                    open.db().ok()?.property_int_value_cf(open.family(family).ok()?, property).ok()?
+                })
                 .fold(0, u64::saturating_add)
         };
         let whole = |property: &properties::PropName| {
-            self.db.property_int_value(property).ok().flatten().unwrap_or_default()
+            open.db().ok().and_then(|db| db.property_int_value(property).ok()?).unwrap_or_default()
         };
         vec![
             ("rocksdb_memtable_bytes", sum(properties::CUR_SIZE_ALL_MEM_TABLES)),
@@ -190,7 +224,7 @@ pub(super) struct Batch<'d> {
 
 impl Batch<'_> {
     pub(super) fn put(&mut self, family: Family, key: &[u8], value: &[u8]) -> Result<(), StoreError> {
-        self.writes.put_cf(self.database.family(family)?, key, value);
+        self.writes.put_cf(self.database.read().family(family)?, key, value);
         Ok(())
     }
 
@@ -204,7 +238,7 @@ impl Batch<'_> {
     }
 
     pub(super) fn delete(&mut self, family: Family, key: &[u8]) -> Result<(), StoreError> {
-        self.writes.delete_cf(self.database.family(family)?, key);
+        self.writes.delete_cf(self.database.read().family(family)?, key);
         Ok(())
     }
 
@@ -213,8 +247,24 @@ impl Batch<'_> {
     }
 
     pub(super) fn write(self) -> Result<(), StoreError> {
-        self.database.db.write(self.writes).map_err(StoreError::database_write)
+        self.database.watch(self.database.read().db()?.write(self.writes))
     }
+}
+
+fn open(directory: &Path, working_bytes: u64, cache: &Cache) -> Result<DB, StoreError> {
+    let families = Family::ALL
+        .into_iter()
+        .map(Family::name)
+        .chain([rocksdb::DEFAULT_COLUMN_FAMILY_NAME])
+        .map(|name| ColumnFamilyDescriptor::new(name, family_options(cache)));
+    let db = DB::open_cf_descriptors(&database_options(working_bytes), directory, families)
+        .map_err(StoreError::database_read)?;
+    match db.get("format").map_err(StoreError::database_read)? {
+        None => db.put("format", [FORMAT_VERSION]).map_err(StoreError::database_write)?,
+        Some(version) if version == [FORMAT_VERSION] => {}
+        Some(_) => return Err(StoreError::DamagedRow("format: written by another version of cachec-server")),
+    }
+    Ok(db)
 }
 
 fn database_options(working_bytes: u64) -> Options {

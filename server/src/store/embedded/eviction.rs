@@ -78,7 +78,7 @@ impl Engine {
             let mut batch = self.database.batch();
             batch.delete(Family::Lru, &lru_key)?;
             let totals = ledger.totals;
-            ledger.commit(batch, totals)?;
+            self.commit(ledger, batch, totals)?;
         }
         Ok(true)
     }
@@ -108,7 +108,7 @@ impl Engine {
         }
         totals.stored_bytes = totals.stored_bytes.saturating_sub(row.charge_bytes);
         totals.results = totals.results.saturating_sub(1);
-        ledger.commit(batch, totals)?;
+        self.commit(ledger, batch, totals)?;
         Ok(true)
     }
 
@@ -135,7 +135,7 @@ impl Engine {
         let file = doom_data(&mut batch, &mut totals, key, &row)?;
         totals.stored_bytes = totals.stored_bytes.saturating_sub(rows::ENTRY_BYTES);
         totals.blobs = totals.blobs.saturating_sub(1);
-        ledger.commit(batch, totals)?;
+        self.commit(ledger, batch, totals)?;
         ledger.doomed.extend(file);
         Ok(true)
     }
@@ -155,7 +155,7 @@ impl Engine {
             let file = doom_data(&mut batch, &mut totals, key, &row)?;
             row.home = BlobHome::Lost;
             batch.put_row(Family::Blobs, key, &row)?;
-            ledger.commit(batch, totals)?;
+            self.commit(&mut ledger, batch, totals)?;
             ledger.doomed.extend(file);
         }
         self.remove_files(&mut ledger)
@@ -188,7 +188,7 @@ impl Engine {
                 }
             }
         }
-        ledger.commit(batch, totals).inspect_err(|_| ledger.stuck.extend(gone))
+        self.commit(ledger, batch, totals).inspect_err(|_| ledger.stuck.extend(gone))
     }
 
     /// Tries again what [`Self::remove_files`] could not remove.

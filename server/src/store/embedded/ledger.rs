@@ -5,6 +5,7 @@
 //! - What an upload writes to the staging directory was reserved before.
 //! - The totals in memory are those of the last batch that was written; a failed write changes nothing.
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard, PoisonError};
 
 use super::Engine;
@@ -43,14 +44,6 @@ impl Ledger {
     pub(super) fn kept_bytes(&self) -> u64 {
         self.totals.stored_bytes.saturating_sub(self.doomed_bytes())
     }
-
-    /// Writes a batch together with the totals that are right after it.
-    pub(super) fn commit(&mut self, mut batch: Batch<'_>, totals: Totals) -> Result<(), StoreError> {
-        batch.put_totals(&totals);
-        batch.write()?;
-        self.totals = totals;
-        Ok(())
-    }
 }
 
 impl Engine {
@@ -59,12 +52,32 @@ impl Engine {
         self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Writes a batch together with the totals that are right after it.
+    pub(super) fn commit(
+        &self,
+        ledger: &mut Ledger,
+        mut batch: Batch<'_>,
+        mut totals: Totals,
+    ) -> Result<(), StoreError> {
+        totals.sequence = self.sequence.load(Ordering::Relaxed);
+        batch.put_totals(&totals);
+        batch.write()?;
+        ledger.totals = totals;
+        Ok(())
+    }
+
+    /// A number that was never given before, higher than all before it: for accesses and for files. Only those
+    /// that are stored are sure not to come again after a restart.
+    pub(super) fn next_sequence(&self) -> u64 {
+        self.sequence.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
     /// An empty reservation.
     pub(super) fn reservation(self: &Arc<Self>) -> Reservation {
         Reservation { engine: Arc::clone(self), bytes: 0 }
     }
 
-    fn check_disk(&self, growth_bytes: u64) -> Result<(), StoreError> {
+    pub(super) fn check_disk(&self, growth_bytes: u64) -> Result<(), StoreError> {
         let disk =
             rustix::fs::statvfs(&self.directory.root).map_err(|error| StoreError::Write(error.into()))?;
         let free_bytes = disk.f_bavail.saturating_mul(disk.f_frsize);

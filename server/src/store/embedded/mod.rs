@@ -41,6 +41,7 @@ mod upload;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
@@ -86,8 +87,10 @@ struct Engine {
     limit_bytes: u64,
     max_blob_bytes: u64,
     ledger: Mutex<Ledger>,
-    /// Accesses that wait for being applied.
-    touches: Mutex<Vec<Entry>>,
+    /// Accesses that wait for being applied, each with its sequence number.
+    touches: Mutex<Vec<(Entry, u64)>>,
+    /// The last sequence number that was given.
+    sequence: AtomicU64,
 }
 
 /// The paths of a data directory.
@@ -106,7 +109,7 @@ impl Embedded {
     pub fn open(options: &EmbeddedOptions) -> Result<Self, StoreError> {
         let working_bytes = working_bytes(options.max_size_bytes);
         let directory = DataDirectory::create(&options.directory).map_err(StoreError::Write)?;
-        let database = Database::open(&directory.root.join("db"), working_bytes)?;
+        let database = Database::open(directory.root.join("db"), working_bytes)?;
         // Only now it is certain that no other server uses the directory.
         directory.empty_staging().map_err(StoreError::Write)?;
         let ledger = Ledger { totals: database.totals()?, ..Ledger::default() };
@@ -115,6 +118,7 @@ impl Embedded {
             directory,
             limit_bytes: options.max_size_bytes.saturating_sub(working_bytes),
             max_blob_bytes: options.max_blob_bytes,
+            sequence: AtomicU64::new(ledger.totals.sequence),
             ledger: Mutex::new(ledger),
             touches: Mutex::new(Vec::new()),
         };
@@ -124,12 +128,14 @@ impl Embedded {
         Ok(Self { engine: Arc::new(engine) })
     }
 
-    /// What is to be done about once a second: access times, removals that failed, the sync.
+    /// What is to be done about once a second: recovery from failed writes, access times, removals that failed,
+    /// the sync.
     pub fn maintain(&self) -> StoreFuture<'_, ()> {
         self.run(|engine| {
-            let applied = engine.apply_touches(&mut engine.ledger());
-            let removed = engine.retry_removals();
-            engine.database.sync().and(applied).and(removed)
+            engine.recover()?;
+            engine.apply_touches(&mut engine.ledger())?;
+            engine.retry_removals()?;
+            engine.database.sync()
         })
     }
 
@@ -194,7 +200,7 @@ impl Store for Embedded {
 impl Engine {
     fn blob_lengths(&self, key: &[u8]) -> Result<Option<BlobLengths>, StoreError> {
         let Some(row) = self.blob_row(key)? else { return Ok(None) };
-        self.touch([Entry::blob(key)])?;
+        self.touch([Entry::blob(key)]);
         Ok(Some(BlobLengths { stored_bytes: row.stored_bytes, content_bytes: row.content_bytes }))
     }
 
@@ -208,7 +214,7 @@ impl Engine {
                 None => missing.push(digest),
             }
         }
-        self.touch(present)?;
+        self.touch(present);
         Ok(missing)
     }
 
@@ -221,14 +227,14 @@ impl Engine {
                 BlobHome::Inline => self
                     .database
                     .get(Family::BlobData, key)?
-                    .map(|data| BlobSource::Memory(Bytes::copy_from_slice(&data))),
+                    .map(|data| BlobSource::Memory(Bytes::from(data))),
                 BlobHome::File(number) => {
                     self.directory.open_blob(key, number, row.stored_bytes)?.map(BlobSource::File)
                 }
                 BlobHome::Lost => None,
             };
             if let Some(source) = source {
-                self.touch([Entry::blob(key)])?;
+                self.touch([Entry::blob(key)]);
                 return Ok(Some(OpenBlob { stored_bytes: row.stored_bytes, source }));
             }
             if self.blob_row(key)?.is_some_and(|now| now.home == row.home) {
@@ -236,6 +242,20 @@ impl Engine {
                 self.mark_lost(key, &row)?;
             }
         }
+    }
+
+    /// Opens the database again where it failed to write, as soon as the disk has room.
+    fn recover(&self) -> Result<(), StoreError> {
+        if !self.database.has_failed() {
+            return Ok(());
+        }
+        self.check_disk(0)?;
+        let mut ledger = self.ledger();
+        tracing::warn!("opening the database again, because it failed to write");
+        self.database.reopen()?;
+        // What failed may have been written after all.
+        ledger.totals = self.database.totals()?;
+        Ok(())
     }
 
     fn stats(&self) -> StoreStats {

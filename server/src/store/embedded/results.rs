@@ -22,11 +22,11 @@ impl Engine {
     pub(super) fn publish(self: &Arc<Self>, publication: &Publication) -> Result<PutOutcome, StoreError> {
         let key = rows::row_key(&publication.namespace, publication.result_key.as_bytes());
         if self.database.get(Family::ResultRows, &key)?.is_some() {
-            self.touch([Entry::result(key)])?;
+            self.touch([Entry::result(key)]);
             return Ok(PutOutcome::Existed);
         }
         // The room that the result needs must not be made by evicting its pack.
-        self.touch(publication.pack.map(|pack| Entry::blob(rows::sibling_key(&key, pack.as_bytes()))))?;
+        self.touch(publication.pack.map(|pack| Entry::blob(rows::sibling_key(&key, pack.as_bytes()))));
         let data_bytes = (publication.encoded.len() + publication.action_fields.len()) as u64;
         let mut reservation = self.reservation();
         reservation.ensure(rows::row_bytes(data_bytes) + rows::ENTRY_BYTES)?;
@@ -65,7 +65,7 @@ impl Engine {
         let manifest_key = rows::sibling_key(key, row.action_key.as_bytes());
         self.shorten_manifest(ledger, &manifest_key)?;
         let mut totals = ledger.totals;
-        row.sequence = totals.next_sequence();
+        row.sequence = self.next_sequence();
         let mut batch = self.database.batch();
         if let Some(pack_key) = pack_key {
             let mut blob = self.blob_row(&pack_key)?.ok_or(StoreError::PackMissing)?;
@@ -86,7 +86,7 @@ impl Engine {
         batch.put(Family::Lru, &Entry::result(key).lru_key(row.sequence), &[])?;
         totals.results += 1;
         totals.stored_bytes = totals.stored_bytes.saturating_add(row.charge_bytes);
-        ledger.commit(batch, totals)?;
+        self.commit(ledger, batch, totals)?;
         Ok(PutOutcome::Created)
     }
 
@@ -125,14 +125,14 @@ impl Engine {
                 let Some(encoded) = self.database.get(Family::Results, &key)? else { continue };
                 let Some(left) = left_bytes.checked_sub(encoded.len() + 2 * DIGEST_BYTES) else { break };
                 left_bytes = left;
-                results.push(encoded.to_vec().into());
+                results.push(encoded.into());
                 used.push(Entry::result(key));
             }
             if !results.is_empty() {
                 manifests.push(Manifest { action_key: *action_key, results });
             }
         }
-        self.touch(used)?;
+        self.touch(used);
         Ok(manifests)
     }
 

@@ -156,14 +156,6 @@ pub(super) struct Totals {
     pub(super) lru_floor: u64,
 }
 
-impl Totals {
-    /// A sequence number that was not given before.
-    pub(super) fn next_sequence(&mut self) -> u64 {
-        self.sequence += 1;
-        self.sequence
-    }
-}
-
 macro_rules! small_row {
     ($($name:ident),*) => {
         $(impl Message for $name {

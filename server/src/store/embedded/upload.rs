@@ -33,7 +33,7 @@ impl Engine {
     pub(super) fn put_blob(self: &Arc<Self>, upload: BlobUpload) -> Result<PutOutcome, StoreError> {
         let key = rows::row_key(&upload.namespace, upload.digest.as_bytes());
         if self.blob_row(&key)?.is_some() {
-            self.touch([Entry::blob(key)])?;
+            self.touch([Entry::blob(key)]);
             return Ok(PutOutcome::Existed);
         }
         let mut staged = Staged::new(self, upload.stored_bytes)?;
@@ -68,7 +68,7 @@ impl Engine {
         mut row: BlobRow,
         mut staged: Staged,
     ) -> Result<PutOutcome, StoreError> {
-        let number = self.ledger().totals.next_sequence();
+        let number = self.next_sequence();
         let name = DataDirectory::blob_name(key, number)?;
         row.home = BlobHome::File(number);
         let mut batch = self.database.batch();
@@ -119,7 +119,7 @@ impl Engine {
     ) -> Result<PutOutcome, StoreError> {
         let present = self.database.get_row::<BlobRow>(Family::Blobs, key)?;
         let mut totals = ledger.totals;
-        row.sequence = totals.next_sequence();
+        row.sequence = self.next_sequence();
         let mut batch = self.database.batch();
         match present {
             Some(present) if present.home != BlobHome::Lost => return Ok(PutOutcome::Existed),
@@ -141,7 +141,7 @@ impl Engine {
         }
         batch.put_row(Family::Blobs, key, &row)?;
         totals.stored_bytes = totals.stored_bytes.saturating_add(row.charge_bytes());
-        ledger.commit(batch, totals)?;
+        self.commit(ledger, batch, totals)?;
         staged.reservation.spend(ledger);
         Ok(PutOutcome::Created)
     }
@@ -226,7 +226,7 @@ impl Staged {
         }
         let mut reservation = engine.reservation();
         reservation.ensure(rows::upload_bytes(announced_bytes.unwrap_or_default()))?;
-        let number = engine.ledger().totals.next_sequence();
+        let number = engine.next_sequence();
         let path = engine.directory.staging.join(format!("{number:016x}"));
         let announced = announced_bytes.is_some();
         Ok(Self { memory: Vec::new(), file: None, length: 0, announced, limit_bytes, path, reservation })
