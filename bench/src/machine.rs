@@ -1,6 +1,8 @@
 //! A build machine: a home, a `CARGO_HOME`, an agent and perhaps a local tier, all below one directory.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
@@ -11,10 +13,15 @@ use tempfile::TempDir;
 
 use crate::programs::{cargo, programs};
 
+/// Linux's value on every architecture cachec runs on.
+const O_NONBLOCK: i32 = 0o4000;
+
 /// See the module. Its agent is stopped when it is dropped.
 #[derive(Debug)]
 pub struct Machine {
     directory: TempDir,
+    /// The pipe that compilers note their units to.
+    noted: File,
     /// Variables on top of the fixed ones.
     variables: Vec<(String, String)>,
 }
@@ -60,7 +67,10 @@ impl Machine {
         for part in ["home", "cargo", "bin", "tmp"] {
             fs::create_dir(directory.path().join(part))?;
         }
-        let machine = Self { directory, variables: Vec::new() };
+        let pipe = directory.path().join("compiled");
+        anyhow::ensure!(Command::new("mkfifo").arg(&pipe).status()?.success(), "no pipe can be made");
+        let noted = File::options().read(true).write(true).custom_flags(O_NONBLOCK).open(pipe)?;
+        let machine = Self { directory, noted, variables: Vec::new() };
         machine.install_noting_compiler()?;
         let tier = machine.path("tier");
         Ok(machine.with("CACHEC_DIR", tier.to_string_lossy()))
@@ -111,6 +121,22 @@ impl Machine {
         fs::write(&script, text)?;
         fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
         Ok(())
+    }
+
+    /// What compilers have noted since the last call. They write to a pipe, which the tracer knows to be
+    /// no file; it is held open so that none of them waits for a reader.
+    fn take_noted(&self) -> anyhow::Result<String> {
+        let mut noted = Vec::new();
+        let mut buffer = [0; 4096];
+        loop {
+            match (&self.noted).read(&mut buffer) {
+                Ok(count) => noted.extend_from_slice(&buffer[..count]),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    return Ok(String::from_utf8(noted)?);
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
     }
 
     /// Makes the compiler another one, by its content.
@@ -179,10 +205,9 @@ impl Machine {
     }
 
     fn run(&self, cargo: impl FnOnce() -> anyhow::Result<Output>) -> anyhow::Result<Build> {
-        let _ = fs::remove_file(self.path("compiled"));
         let started = Instant::now();
         let Output { status, stdout, stderr } = cargo().context("cargo")?;
-        let compiled = fs::read_to_string(self.path("compiled")).unwrap_or_default();
+        let compiled = self.take_noted()?;
         let mut compiled: Vec<String> = compiled.lines().map(str::to_owned).collect();
         compiled.sort_unstable();
         Ok(Build {

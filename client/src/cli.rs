@@ -15,7 +15,7 @@ use crate::ipc::{self, Control, Request, Response};
 use crate::report;
 
 /// The first words that are commands; anything else is a compiler.
-const COMMANDS: [&str; 6] = ["agent", "flush", "help", "stats", "stop", "-"];
+const COMMANDS: [&str; 6] = ["agent", "flush", "help", "serve-leftover", "stats", "stop"];
 
 /// A compile cache: set RUSTC_WRAPPER=cachec and build.
 #[derive(Debug, Parser)]
@@ -40,6 +40,9 @@ enum Command {
     /// Runs the agent; wrappers start it by themselves
     #[command(hide = true)]
     Agent,
+    /// Answers the stopped calls of processes that outlive a traced compiler
+    #[command(hide = true)]
+    ServeLeftover,
 }
 
 /// Whether a first argument is one of cachec's own, rather than a compiler.
@@ -54,6 +57,7 @@ pub(crate) fn run() -> ExitCode {
         Command::Flush => ask_running(Control::Flush).map(drop),
         Command::Stop => stop(),
         Command::Agent => agent(),
+        Command::ServeLeftover => serve_leftover(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -97,6 +101,14 @@ fn ask_running(control: Control) -> anyhow::Result<Option<String>> {
         Response::Report(text) => Ok(Some(text)),
         _ => bail!("the agent answered something unexpected"),
     }
+}
+
+/// What the hidden `serve-leftover` command does, with the listener as its standard input.
+fn serve_leftover() -> anyhow::Result<()> {
+    let listener = std::os::fd::AsFd::as_fd(&std::io::stdin()).try_clone_to_owned()?;
+    let _ = rustix::process::setsid();
+    crate::tracer::serve_leftover(&listener);
+    Ok(())
 }
 
 /// What the hidden `agent` command does, in the process that a wrapper has started.

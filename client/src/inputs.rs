@@ -1,6 +1,6 @@
 //! Input sets: gathered after a run, checked before a restore.
 //!
-//! Without a tracer the inputs of a library unit are what rustc's dep-info names (source files, files of
+//! The inputs of a traced run are what it was seen to read. Without a tracer the inputs of a library unit are what rustc's dep-info names (source files, files of
 //! `include!` and the like, variables of `env!`), the `--extern` files, every argument that names a file,
 //! and the content of the directories in which native libraries are searched.
 //!
@@ -16,6 +16,7 @@ use cachec_protocol::{Digest, Input, InputKind, InputSet, Root};
 
 use crate::dep_info::DepInfo;
 use crate::memo::Memo;
+use crate::tracer::{Access, Seen, Trace};
 use crate::unit::Unit;
 
 /// Most files of a native search directory; one with more is a system's, not a build's.
@@ -40,8 +41,59 @@ pub(crate) enum NotStorable {
     LargeStreams,
     #[error("output-changed")]
     OutputChanged,
+    #[error("untraced")]
+    Untraced,
+    #[error("writes-elsewhere")]
+    WritesElsewhere,
+    #[error("{0}")]
+    Observed(String),
     #[error("io-error")]
     Io(#[from] io::Error),
+}
+
+/// Gathers what a traced run was seen to read. See the table of what is left out in [`is_left_out`].
+pub(crate) fn from_trace(
+    unit: &Unit,
+    trace: &Trace,
+    dep_info: &DepInfo,
+    memo: &Memo,
+    started_ns: i64,
+) -> Result<Vec<Input>, NotStorable> {
+    if let Some(obstacle) = &trace.obstacle {
+        return Err(NotStorable::Observed(obstacle.clone()));
+    }
+    let gatherer = Gatherer { unit, memo, started_ns };
+    let mut inputs = Vec::new();
+    for access in trace.inputs.iter().filter(|access| !is_left_out(unit, access)) {
+        inputs.push(match access.seen {
+            Seen::File => gatherer.file(&access.path)?,
+            Seen::Absent => gatherer.input(InputKind::Absent, &access.path, None)?,
+            Seen::Directory => gatherer.input(InputKind::Directory, &access.path, None)?,
+            Seen::Link => gatherer.input(InputKind::Link, &access.path, access.digest)?,
+            Seen::Listing => gatherer.input(InputKind::Listing, &access.path, access.digest)?,
+        });
+    }
+    for (name, value) in &dep_info.variables {
+        gatherer.variable(name, value.as_deref(), dep_info, &mut inputs)?;
+    }
+    Ok(inputs)
+}
+
+/// What a run reads that is no input of its result:
+///
+/// | left out | why |
+/// |---|---|
+/// | below the sysroot | the toolchain's identity is in the action key |
+/// | `/etc/ld.so.cache` | an index of libraries; the libraries that are loaded are inputs |
+/// | the directory for temporary files itself | what the run makes there is its own |
+/// | directories below the target directory | cargo makes them as it goes; files in them are inputs |
+/// | `/proc`, `/dev`, `/sys` | left out by the tracer: they describe machine and process |
+fn is_left_out(unit: &Unit, access: &Access) -> bool {
+    let path = Path::new(OsStr::from_bytes(&access.path));
+    let in_target = || unit.target_directory.as_ref().is_some_and(|target| path.starts_with(target));
+    unit.sysroots.iter().any(|sysroot| path.starts_with(sysroot))
+        || path == Path::new("/etc/ld.so.cache")
+        || (access.seen == Seen::Directory && (in_target() || path == unit.temporary_directory()))
 }
 
 /// Gathers what a run read, from its dep-info. `started_ns` is the start of the run: a file that changed
@@ -151,8 +203,8 @@ impl Gatherer<'_> {
     }
 
     fn is_explained_by_inclusion(&self, value: &[u8], dep_info: &DepInfo) -> bool {
-        let positional = self.unit.invocation.values("").next().unwrap_or_default();
-        let sources = Path::new(OsStr::from_bytes(positional)).parent().unwrap_or(Path::new(""));
+        let sources =
+            Path::new(OsStr::from_bytes(self.unit.invocation.source())).parent().unwrap_or(Path::new(""));
         let directory = Path::new(OsStr::from_bytes(value));
         dep_info
             .files
@@ -195,10 +247,15 @@ fn present_digest(unit: &Unit, input: &Input, memo: &Memo) -> Option<Option<Dige
     };
     match input.kind {
         InputKind::File => Some(Some(memo.digest(&path()?).ok()?.0)),
-        InputKind::Absent => match fs::symlink_metadata(path()?) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Some(None),
+        InputKind::Absent => match fs::metadata(path()?) {
+            Err(error) if is_absence(&error) => Some(None),
             _ => None,
         },
+        InputKind::Directory => fs::metadata(path()?).is_ok_and(|metadata| metadata.is_dir()).then_some(None),
+        InputKind::Link => {
+            let target = fs::read_link(path()?).ok()?;
+            Some(Some(Digest::of(target.as_os_str().as_bytes())))
+        }
         InputKind::Listing => Some(Some(listing_digest(&sorted_names(&path()?).ok()?))),
         InputKind::Environment => variable_digest(unit, unit.variable(&input.name)),
         InputKind::Argument => {
@@ -225,7 +282,14 @@ fn sorted_names(directory: &Path) -> io::Result<Vec<std::ffi::OsString>> {
     Ok(names)
 }
 
-fn listing_digest(names: &[std::ffi::OsString]) -> Digest {
+/// Whether a failed look at a path means that nothing is there.
+pub(crate) fn is_absence(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
+        || error.raw_os_error() == Some(libc::ENAMETOOLONG)
+}
+
+/// Digest of a directory's sorted names, each followed by NUL.
+pub(crate) fn listing_digest(names: &[std::ffi::OsString]) -> Digest {
     let mut hasher = blake3::Hasher::new();
     for name in names {
         hasher.update(name.as_bytes());

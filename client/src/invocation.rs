@@ -1,4 +1,4 @@
-//! What a rustc command line asks for, and whether such a unit is cached.
+//! What a rustc (or clippy-driver) command line asks for, and whether such a unit is cached.
 //!
 //! Deciding only; nothing is read. A unit that is not cached has a [`Refusal`], whose code the statistics
 //! count by crate.
@@ -14,24 +14,12 @@ pub(crate) enum Refusal {
     Arguments,
     #[error("response-file")]
     ResponseFile,
-    #[error("workspace-wrapper")]
-    WorkspaceWrapper,
-    #[error("crate-type")]
-    CrateType,
-    #[error("test-harness")]
-    TestHarness,
+    #[error("standard-input")]
+    StandardInput,
     #[error("incremental")]
     Incremental,
     #[error("output-path")]
     OutputPath,
-    #[error("emit-kind")]
-    EmitKind,
-    #[error("unstable-flag")]
-    UnstableFlag,
-    #[error("extern-without-path")]
-    ExternWithoutPath,
-    #[error("search-path")]
-    SearchPath,
     #[error("logging")]
     Logging,
     #[error("toolchain")]
@@ -40,30 +28,23 @@ pub(crate) enum Refusal {
     Paths,
 }
 
-/// A kind of output file of a library unit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Emit {
-    DepInfo,
-    Metadata,
-    Link,
-}
-
-/// A library unit's command line, understood.
+/// A unit's command line, understood.
 #[derive(Debug)]
 pub(crate) struct Invocation {
     /// All arguments, in order.
     pub(crate) arguments: Vec<Argument>,
     pub(crate) crate_name: String,
     pub(crate) output_directory: PathBuf,
+    /// Number of leading words that belong to the tool: `rustc` in `clippy-driver rustc --crate-name …`.
+    pub(crate) tool_words: usize,
     /// Common part of the output names: crate name and `-C extra-filename`.
     stem: String,
-    emits: Vec<Emit>,
-    archive: bool,
-    library: bool,
+    emits: Vec<String>,
+    crate_types: Vec<String>,
 }
 
 impl Invocation {
-    /// Understands the arguments of a library unit.
+    /// Understands the arguments of a unit.
     ///
     /// # Errors
     /// The first [`Refusal`] that applies.
@@ -71,9 +52,9 @@ impl Invocation {
         if words.iter().any(|word| word.starts_with(b"@")) {
             return Err(Refusal::ResponseFile);
         }
-        if words.first().is_some_and(|word| !word.starts_with(b"-") && !word.ends_with(b".rs")) {
-            return Err(Refusal::WorkspaceWrapper);
-        }
+        // A workspace wrapper gets the compiler's path in front of its arguments.
+        let tool_words =
+            usize::from(words.first().is_some_and(|word| !word.starts_with(b"-") && !word.ends_with(b".rs")));
         let arguments = arguments::parse(words).map_err(|error| match error {
             ArgumentError::UnknownFlag(_) | ArgumentError::MissingValue(_) => Refusal::Arguments,
         })?;
@@ -81,16 +62,46 @@ impl Invocation {
         let crate_name = single(&arguments, "--crate-name").ok_or(Refusal::Arguments)?;
         let output_directory = single(&arguments, "--out-dir").ok_or(Refusal::OutputPath)?;
         let extra = single(&arguments, "-C extra-filename").unwrap_or_default();
-        let (library, archive) = crate_types(&arguments)?;
+        let emits = list(&arguments, "--emit");
+        if emits.iter().any(|kind| kind.contains('=')) || emits.is_empty() {
+            return Err(Refusal::OutputPath);
+        }
         Ok(Self {
             stem: format!("{crate_name}{extra}"),
             crate_name,
             output_directory: PathBuf::from(output_directory),
-            emits: emits(&arguments)?,
-            archive,
-            library,
+            tool_words,
+            emits,
+            crate_types: list(&arguments, "--crate-type"),
             arguments,
         })
+    }
+
+    /// Whether only an observed run says what such a unit reads and leaves. Without a tracer, library units
+    /// are left, whose dep-info says it.
+    pub(crate) fn needs_trace(&self) -> bool {
+        let plain_emits = ["dep-info", "metadata", "link"];
+        let libraries = ["lib", "rlib", "staticlib"];
+        let unusual = self.arguments.iter().any(|argument| {
+            let value = argument.value.as_deref().unwrap_or_default();
+            match argument.flag.as_str() {
+                "--test" | "--sysroot" | "-C save-temps" => true,
+                "-C split-debuginfo" => value != b"off",
+                "--extern" => !value.contains(&b'=') && !is_sysroot_crate(value),
+                "--search-path" => split_kind(value).0 == "crate",
+                flag => flag.starts_with("-Z"),
+            }
+        });
+        unusual
+            || self.tool_words > 0
+            || self.crate_types.is_empty()
+            || self.crate_types.iter().any(|kind| !libraries.contains(&kind.as_str()))
+            || self.emits.iter().any(|kind| !plain_emits.contains(&kind.as_str()))
+            || !self.emits("dep-info")
+    }
+
+    fn emits(&self, kind: &str) -> bool {
+        self.emits.iter().any(|emitted| emitted == kind)
     }
 
     /// The last value of a flag, as text.
@@ -103,33 +114,53 @@ impl Invocation {
         self.arguments.iter().filter(move |argument| argument.flag == flag).filter_map(|a| a.value.as_deref())
     }
 
-    /// Names of the files that a successful run leaves, in pack order: an `.rlib` contains its `.rmeta`.
-    pub(crate) fn output_names(&self) -> Vec<String> {
-        let mut names = Vec::new();
-        if self.emits.contains(&Emit::DepInfo) {
-            names.push(format!("{}.d", self.stem));
-        }
-        if self.emits.contains(&Emit::Metadata) {
+    /// Names of files that a successful run of a library unit must leave.
+    pub(crate) fn required_outputs(&self) -> Vec<String> {
+        let is = |kinds: &[&str]| self.crate_types.iter().any(|kind| kinds.contains(&kind.as_str()));
+        let mut names = Vec::from_iter(self.dep_info_name());
+        if self.emits("metadata") {
             names.push(format!("lib{}.rmeta", self.stem));
         }
-        if self.emits.contains(&Emit::Link) && self.library {
+        if self.emits("link") && is(&["lib", "rlib"]) {
             names.push(format!("lib{}.rlib", self.stem));
         }
-        if self.emits.contains(&Emit::Link) && self.archive {
+        if self.emits("link") && is(&["staticlib"]) {
             names.push(format!("lib{}.a", self.stem));
         }
         names
     }
 
+    /// Whether a file of that name in the output directory can only be this unit's: it begins with crate
+    /// name and `-C extra-filename`.
+    pub(crate) fn owns_output(&self, name: &str) -> bool {
+        let own = |name: &str| {
+            name.strip_prefix(&self.stem).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+        };
+        !name.contains('/') && (own(name) || name.strip_prefix("lib").is_some_and(own))
+    }
+
     /// Name of the dep-info file, if one is asked for.
     pub(crate) fn dep_info_name(&self) -> Option<String> {
-        self.emits.contains(&Emit::DepInfo).then(|| format!("{}.d", self.stem))
+        self.emits("dep-info").then(|| format!("{}.d", self.stem))
     }
 
     /// The files named by `--extern`.
     pub(crate) fn extern_files(&self) -> impl Iterator<Item = &[u8]> {
         self.values("--extern")
             .filter_map(|value| value.iter().position(|byte| *byte == b'=').map(|at| &value[at + 1..]))
+    }
+
+    /// Directories that the compiler searches by name for crates.
+    pub(crate) fn searched_directories(&self) -> impl Iterator<Item = &[u8]> {
+        self.values("--search-path")
+            .map(split_kind)
+            .filter(|(kind, _)| *kind != "native")
+            .map(|(_, path)| path)
+    }
+
+    /// The crate's root file.
+    pub(crate) fn source(&self) -> &[u8] {
+        self.values("").nth(self.tool_words).unwrap_or_default()
     }
 
     /// Directories in which the compiler may look for native libraries.
@@ -172,23 +203,20 @@ fn single(arguments: &[Argument], flag: &str) -> Option<String> {
     String::from_utf8(value).ok()
 }
 
+fn list(arguments: &[Argument], flag: &str) -> Vec<String> {
+    let values = arguments.iter().filter(|argument| argument.flag == flag).filter_map(|a| a.value.as_deref());
+    values
+        .flat_map(|value| value.split(|byte| *byte == b','))
+        .map(|kind| String::from_utf8_lossy(kind).into_owned())
+        .collect()
+}
+
 fn check_flags(arguments: &[Argument], drop_incremental: bool) -> Result<(), Refusal> {
     for argument in arguments {
-        let value = argument.value.as_deref().unwrap_or_default();
         match argument.flag.as_str() {
-            "--test" => return Err(Refusal::TestHarness),
             "-C incremental" if !drop_incremental => return Err(Refusal::Incremental),
             "--output" | "--print" | "--explain" => return Err(Refusal::OutputPath),
-            "-C save-temps" | "-C split-debuginfo" if !matches!(value, b"off" | b"no" | b"n") => {
-                return Err(Refusal::EmitKind);
-            }
-            "--sysroot" => return Err(Refusal::Toolchain),
-            "--extern" if !value.contains(&b'=') && !is_sysroot_crate(value) => {
-                return Err(Refusal::ExternWithoutPath);
-            }
-            "--search-path" if matches!(split_kind(value).0, "crate") => return Err(Refusal::SearchPath),
-            flag if flag.starts_with("-Z") => return Err(Refusal::UnstableFlag),
-            "" if value == b"-" => return Err(Refusal::Arguments),
+            "" if argument.value.as_deref() == Some(b"-") => return Err(Refusal::StandardInput),
             _ => {}
         }
     }
@@ -209,39 +237,6 @@ fn split_kind(value: &[u8]) -> (&str, &[u8]) {
         .unwrap_or(("all", value))
 }
 
-/// Whether an `.rlib` and whether an `.a` is made.
-fn crate_types(arguments: &[Argument]) -> Result<(bool, bool), Refusal> {
-    let (mut library, mut archive) = (false, false);
-    let values = arguments.iter().filter(|argument| argument.flag == "--crate-type");
-    for kind in
-        values.flat_map(|argument| argument.value.as_deref().unwrap_or_default().split(|b| *b == b','))
-    {
-        match kind {
-            b"lib" | b"rlib" => library = true,
-            b"staticlib" => archive = true,
-            _ => return Err(Refusal::CrateType),
-        }
-    }
-    if library || archive { Ok((library, archive)) } else { Err(Refusal::CrateType) }
-}
-
-fn emits(arguments: &[Argument]) -> Result<Vec<Emit>, Refusal> {
-    let mut emits = Vec::new();
-    let values = arguments.iter().filter(|argument| argument.flag == "--emit");
-    for kind in
-        values.flat_map(|argument| argument.value.as_deref().unwrap_or_default().split(|b| *b == b','))
-    {
-        emits.push(match kind {
-            b"dep-info" => Emit::DepInfo,
-            b"metadata" => Emit::Metadata,
-            b"link" => Emit::Link,
-            _ => return Err(Refusal::EmitKind),
-        });
-    }
-    // Without dep-info nobody says which files were read.
-    if emits.contains(&Emit::DepInfo) && emits.len() > 1 { Ok(emits) } else { Err(Refusal::EmitKind) }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -259,7 +254,7 @@ mod tests {
     #[test]
     fn a_library_unit_is_understood() {
         let unit = parse(LINE).unwrap();
-        assert_eq!(unit.output_names(), ["demo-1f.d", "libdemo-1f.rmeta", "libdemo-1f.rlib"]);
+        assert_eq!(unit.required_outputs(), ["demo-1f.d", "libdemo-1f.rmeta", "libdemo-1f.rlib"]);
         assert_eq!(unit.extern_files().collect::<Vec<_>>(), [b"/w/target/release/deps/libmemchr-1.rmeta"]);
         assert_eq!(unit.native_directories().collect::<Vec<_>>(), [b"/w/target/release/build/z/out"]);
         assert_eq!(unit.target_directory(), Some(Path::new("/w/target")));
@@ -275,21 +270,39 @@ mod tests {
     #[test]
     fn what_cannot_be_cached_says_why() {
         for (change, refusal) in [
-            ("--test", Refusal::TestHarness),
-            ("--crate-type bin", Refusal::CrateType),
             ("-C incremental=/x", Refusal::Incremental),
-            ("--emit asm", Refusal::EmitKind),
+            ("--emit asm=/x", Refusal::OutputPath),
             ("-o out", Refusal::OutputPath),
             ("@args", Refusal::ResponseFile),
-            ("-Zno-codegen", Refusal::UnstableFlag),
-            ("--extern other", Refusal::ExternWithoutPath),
-            ("--sysroot /x", Refusal::Toolchain),
+            ("-", Refusal::StandardInput),
             ("--unheard-of", Refusal::Arguments),
         ] {
             assert_eq!(parse(&format!("{LINE} {change}")).unwrap_err(), refusal, "{change}");
         }
-        assert_eq!(parse(&format!("/usr/bin/rustc {LINE}")).unwrap_err(), Refusal::WorkspaceWrapper);
-        assert!(parse(&format!("{LINE} --extern proc_macro")).is_ok());
+    }
+
+    #[test]
+    fn without_a_tracer_only_plain_libraries_are_left() {
+        assert!(!parse(LINE).unwrap().needs_trace());
+        assert!(!parse(&format!("{LINE} --extern proc_macro -C split-debuginfo=off")).unwrap().needs_trace());
+        for change in
+            ["--test", "--crate-type bin", "--emit asm", "-Zno-codegen", "--extern other", "--sysroot /x"]
+        {
+            assert!(parse(&format!("{LINE} {change}")).unwrap().needs_trace(), "{change}");
+        }
+        let clippy = parse(&format!("/usr/bin/rustc {LINE}")).unwrap();
+        assert!(clippy.needs_trace() && clippy.source() == b"src/lib.rs");
+    }
+
+    #[test]
+    fn only_files_with_the_units_own_name_are_its_outputs() {
+        let unit = parse(LINE).unwrap();
+        for name in ["demo-1f", "demo-1f.d", "libdemo-1f.so", "demo-1f.demo.7rcb-cgu.0.rcgu.o"] {
+            assert!(unit.owns_output(name), "{name}");
+        }
+        for name in ["demo-1f2.d", "libother-1f.rlib", "demo", "x/demo-1f", "../demo-1f"] {
+            assert!(!unit.owns_output(name), "{name}");
+        }
     }
 
     #[test]

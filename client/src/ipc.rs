@@ -23,6 +23,8 @@ use std::io::{self, Read, Write};
 use minicbor::bytes::ByteVec;
 use minicbor::{Decode, Encode};
 
+use crate::tracer::{Places, Trace};
+
 /// Longest message in bytes: a unit's environment may have megabytes, its streams a little more.
 const MAX_MESSAGE_BYTES: u32 = 64 << 20;
 
@@ -67,6 +69,9 @@ pub(crate) struct Finished {
     /// Complete standard error; `None` where it was not recorded.
     #[n(2)]
     pub(crate) stderr: Option<ByteVec>,
+    /// What the run was seen to do; `None` where it could not be traced.
+    #[n(5)]
+    pub(crate) trace: Option<Trace>,
     /// Start of the run on the file system's clock, in nanoseconds since the epoch.
     #[n(3)]
     pub(crate) started_ns: i64,
@@ -137,9 +142,9 @@ pub(crate) struct Run {
     /// All arguments for the compiler.
     #[n(0)]
     pub(crate) arguments: Vec<ByteVec>,
-    /// Whether the agent wants the streams in order to store the result.
+    /// The places to trace the run with, where the agent wants to store its result.
     #[n(1)]
-    pub(crate) record: bool,
+    pub(crate) record: Option<Places>,
 }
 
 /// From the agent to the wrapper.

@@ -113,7 +113,7 @@ impl LocalTier {
     /// # Errors
     /// Those of creating a file.
     pub(crate) fn stage(&self) -> io::Result<tempfile::NamedTempFile> {
-        tempfile::Builder::new().permissions(world_readable()).tempfile_in(self.root.join("staging"))
+        tempfile::Builder::new().permissions(permissions(false)).tempfile_in(self.root.join("staging"))
     }
 
     /// Names a staged file, whose content the caller has hashed while writing it.
@@ -236,9 +236,9 @@ fn create_parent(path: &Path) -> io::Result<()> {
     path.parent().map_or(Ok(()), fs::create_dir_all)
 }
 
-/// Outputs have the mode that a compiler gives them, before the umask.
-pub(crate) fn world_readable() -> fs::Permissions {
-    std::os::unix::fs::PermissionsExt::from_mode(0o644)
+/// Outputs have the mode that a compiler gives them, less the umask.
+pub(crate) fn permissions(executable: bool) -> fs::Permissions {
+    std::os::unix::fs::PermissionsExt::from_mode(if executable { 0o777 } else { 0o666 })
 }
 
 #[cfg(test)]

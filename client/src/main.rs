@@ -2,7 +2,8 @@
 //!
 //! A unit's way: [`invocation`] (what is asked for) → [`unit`] (roots and action key) → [`agent`]'s lookup
 //! and restore → [`streams`] (replay), or run and record → [`agent`]'s upload. The [`wrapper`] is the
-//! process that cargo starts; the [`agent`] does the work and outlives it.
+//! process that cargo starts, and traces the compiler ([`tracer`]); the [`agent`] does the work and
+//! outlives it.
 //!
 //! Invariant: nothing here may break, hang or change a build. When unsure, the compiler runs.
 
@@ -24,6 +25,7 @@ mod report;
 mod streams;
 mod tls;
 mod toolchain;
+mod tracer;
 mod unit;
 mod wrapper;
 

@@ -10,6 +10,7 @@ use cachec_protocol::result::MAX_STREAM_BYTES;
 use cachec_protocol::{Root, Roots};
 
 use crate::ipc::Hit;
+use crate::tracer::{Places, Trace, Tracer};
 use crate::unit::REMAPPED;
 
 /// What a recorded run wrote; `None` where it was too long to store.
@@ -17,14 +18,32 @@ pub(crate) struct Recorded {
     pub(crate) status: ExitStatus,
     pub(crate) stdout: Option<Vec<u8>>,
     pub(crate) stderr: Option<Vec<u8>>,
+    /// What it was seen to do; `None` where it was not, or could not be traced.
+    pub(crate) trace: Option<Trace>,
 }
 
-/// Runs the compiler; its streams go to this process's own as they come, and are recorded.
+/// Runs the compiler, traced where there are places to trace it with; its streams go to this process's own
+/// as they come, and are recorded.
 ///
 /// # Errors
 /// Where it cannot be started, or its streams cannot be passed on.
-pub(crate) fn run_recorded(command: &mut Command, arguments: &[Vec<u8>]) -> io::Result<Recorded> {
-    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+pub(crate) fn run_recorded(
+    command: &mut Command,
+    arguments: &[Vec<u8>],
+    places: Option<Places>,
+) -> io::Result<Recorded> {
+    let mut tracer = places.and_then(|places| Tracer::prepare(command, places).ok());
+    let started = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+    if let Some(tracer) = tracer.as_mut() {
+        tracer.started();
+    }
+    let mut child = match started {
+        Ok(child) => child,
+        Err(error) => {
+            tracer.and_then(Tracer::finish);
+            return Err(error);
+        }
+    };
     let translator = Translator::new(arguments);
     let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
     let copy = |source: Option<&mut dyn Read>, target: &mut dyn Write| match source {
@@ -41,7 +60,8 @@ pub(crate) fn run_recorded(command: &mut Command, arguments: &[Vec<u8>]) -> io::
     });
     let status = child.wait()?;
     // Where the reader of this process's output is gone, nobody misses the rest.
-    Ok(Recorded { status, stdout: stdout.unwrap_or_default(), stderr: stderr.unwrap_or_default() })
+    let trace = tracer.and_then(Tracer::finish);
+    Ok(Recorded { status, stdout: stdout.unwrap_or_default(), stderr: stderr.unwrap_or_default(), trace })
 }
 
 /// Writes a stored result's streams.

@@ -12,6 +12,7 @@ use crate::invocation::{Invocation, Refusal};
 use crate::ipc::UnitRequest;
 use crate::memo::Memo;
 use crate::toolchain::{QUERY_VARIABLES, Query, Toolchains};
+use crate::tracer::Places;
 
 /// Directory that roots are remapped to in outputs: a root `cargo` is `REMAPPED/cargo` there.
 pub(crate) const REMAPPED: &str = "/cachec";
@@ -24,6 +25,9 @@ pub(crate) struct Unit {
     /// Names and values.
     environment: Vec<(Vec<u8>, Vec<u8>)>,
     pub(crate) roots: Roots,
+    /// The toolchain's directory, by every name it is known under.
+    pub(crate) sysroots: Vec<PathBuf>,
+    pub(crate) target_directory: Option<PathBuf>,
     pub(crate) action_key: ActionKey,
     pub(crate) action_fields: Fields,
 }
@@ -77,7 +81,17 @@ impl Unit {
         .fields()
         .map_err(|_| Refusal::Paths)?;
         let action_key = action::action_key(&action_fields);
-        Ok(Self { invocation, working_directory, environment, roots, action_key, action_fields })
+        let real_sysroot = fs::canonicalize(&toolchain.sysroot).ok();
+        Ok(Self {
+            sysroots: real_sysroot.into_iter().chain([toolchain.sysroot.clone()]).collect(),
+            target_directory: invocation.target_directory().map(|path| working_directory.join(path)),
+            invocation,
+            working_directory,
+            environment,
+            roots,
+            action_key,
+            action_fields,
+        })
     }
 
     /// A variable of the unit's environment.
@@ -96,15 +110,38 @@ impl Unit {
     pub(crate) fn compiler_arguments(&self, words: &[Vec<u8>]) -> Vec<Vec<u8>> {
         let mut roots: Vec<(Root, &[u8])> = self.roots.iter().collect();
         roots.reverse();
-        let mut arguments: Vec<Vec<u8>> = roots
+        let arguments: Vec<Vec<u8>> = roots
             .into_iter()
             .map(|(root, path)| {
                 [b"--remap-path-prefix=", path, b"=", REMAPPED.as_bytes(), b"/", root.name().as_bytes()]
                     .concat()
             })
             .collect();
-        arguments.extend(without_incremental(words));
-        arguments
+        let tool = words[..self.invocation.tool_words].to_vec();
+        let rest = without_incremental(&words[self.invocation.tool_words..]);
+        [tool, arguments, rest].concat()
+    }
+
+    /// The directory for temporary files.
+    pub(crate) fn temporary_directory(&self) -> PathBuf {
+        PathBuf::from(OsStr::from_bytes(self.variable(b"TMPDIR").unwrap_or(b"/tmp")))
+    }
+
+    /// Where the outputs go.
+    pub(crate) fn output_directory(&self) -> PathBuf {
+        self.working_directory.join(&self.invocation.output_directory)
+    }
+
+    /// What the tracer must know of this unit.
+    pub(crate) fn places(&self) -> Places {
+        let absolute = |path: &[u8]| {
+            let path = self.working_directory.join(OsStr::from_bytes(path));
+            path.as_os_str().as_bytes().to_vec()
+        };
+        Places {
+            output_directory: absolute(self.invocation.output_directory.as_os_str().as_bytes()),
+            searched: self.invocation.searched_directories().map(|path| absolute(path).into()).collect(),
+        }
     }
 }
 

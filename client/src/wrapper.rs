@@ -125,15 +125,17 @@ impl Unit<'_> {
         let started = Instant::now();
         let arguments: Vec<Vec<u8>> = run.arguments.iter().map(|word| word.to_vec()).collect();
         let mut command = self.command(arguments.iter().map(|word| OsStr::from_bytes(word)));
-        let Recorded { status, stdout, stderr } = if run.record || arguments != self.words {
-            streams::run_recorded(&mut command, &arguments)?
+        let recorded = run.record.is_some();
+        let Recorded { status, stdout, stderr, trace } = if recorded || arguments != self.words {
+            streams::run_recorded(&mut command, &arguments, run.record.clone())?
         } else {
-            Recorded { status: command.status()?, stdout: None, stderr: None }
+            Recorded { status: command.status()?, stdout: None, stderr: None, trace: None }
         };
         let finished = Finished {
             succeeded: status.success(),
-            stdout: stdout.filter(|_| run.record).map(Into::into),
-            stderr: stderr.filter(|_| run.record).map(Into::into),
+            stdout: stdout.filter(|_| recorded).map(Into::into),
+            stderr: stderr.filter(|_| recorded).map(Into::into),
+            trace,
             started_ns,
             compile_ms: u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
         };

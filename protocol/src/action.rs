@@ -30,6 +30,12 @@
 //! | `variable SOURCE_DATE_EPOCH` | included | read by macros and linkers that write a date |
 //! | `variable MACOSX_DEPLOYMENT_TARGET` | included | read by rustc for Apple targets |
 //! | `variable IPHONEOS_DEPLOYMENT_TARGET` | included | read by rustc for Apple targets |
+//! | `variable CLIPPY_ARGS` | included | lints of clippy-driver |
+//! | `variable CLIPPY_CONF_DIR` | normalised | where clippy-driver finds its settings |
+//! | `variable LIBRARY_PATH` | normalised | read by linkers |
+//! | `variable LD_RUN_PATH` | normalised | written into outputs by linkers |
+//! | `variable GCC_EXEC_PREFIX` | normalised | where a C compiler driver finds its parts |
+//! | `variable COMPILER_PATH` | normalised | where a C compiler driver finds its parts |
 //! | `variable DATABASE_URL` | included | `sqlx` macros connect to it |
 //! | `variable SQLX_{…}` | normalised | `sqlx` macros; offline data directory |
 //! | `variable {…}` | left out | unless the user lists it in `CACHEC_ENV`: then normalised. Variables that `env!` reads join the input set |
@@ -82,6 +88,12 @@ const VARIABLE_RULES: &[(&str, Treatment)] = &[
     ("SOURCE_DATE_EPOCH", Included),
     ("MACOSX_DEPLOYMENT_TARGET", Included),
     ("IPHONEOS_DEPLOYMENT_TARGET", Included),
+    ("CLIPPY_ARGS", Included),
+    ("CLIPPY_CONF_DIR", Normalised),
+    ("LIBRARY_PATH", Normalised),
+    ("LD_RUN_PATH", Normalised),
+    ("GCC_EXEC_PREFIX", Normalised),
+    ("COMPILER_PATH", Normalised),
     ("DATABASE_URL", Included),
     ("SQLX_*", Normalised),
 ];

@@ -38,6 +38,12 @@ pub enum InputKind {
     /// An output contains this root's literal path; the digest is the path's.
     #[n(5)]
     Root,
+    /// A directory was there; no digest.
+    #[n(6)]
+    Directory,
+    /// A symbolic link was looked at itself; the digest is its text's.
+    #[n(7)]
+    Link,
 }
 
 /// One observed input.

@@ -4,8 +4,12 @@
 //! stored is one run's, whole. rustc replaces `.rlib` and `.rmeta` by renames, which an open file does not
 //! notice; dep-info it rewrites in place, so that is read at once.
 
-use std::fs::File;
+use std::ffi::OsStr;
+use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 use cachec_protocol::message::PublishRequest;
 use cachec_protocol::pack::{self, UPLOAD_LEVEL};
@@ -20,17 +24,26 @@ use crate::inputs::{self, NotStorable};
 use crate::ipc::Finished;
 use crate::local::LocalTier;
 use crate::memo::{Identity, Memo};
+use crate::tracer::Trace;
 use crate::unit::Unit;
 
 /// A pack up to this size stays in memory until it is uploaded; a larger one is spooled to a file.
 const SPOOL_BYTES: usize = 4 << 20;
 const CHUNK_BYTES: usize = 1 << 20;
 
-/// The outputs of a run that has just ended.
+/// The outputs of a run that has just ended, in pack order.
 #[derive(Debug)]
 pub(crate) struct OpenOutputs {
-    files: Vec<(String, File, Identity)>,
+    files: Vec<OpenOutput>,
     dep_info: Vec<u8>,
+}
+
+#[derive(Debug)]
+struct OpenOutput {
+    name: String,
+    file: File,
+    identity: Identity,
+    executable: bool,
 }
 
 /// A result that is ready to be stored. The pack is compressed and stands at its beginning.
@@ -41,23 +54,48 @@ pub(crate) struct Recorded {
     pub(crate) bound: bool,
 }
 
-/// Opens what the run left.
-pub(crate) fn open_outputs(unit: &Unit) -> Result<OpenOutputs, NotStorable> {
-    let directory = unit.working_directory.join(&unit.invocation.output_directory);
+/// Opens what the run left: what it was seen to leave, or what such a unit must leave.
+pub(crate) fn open_outputs(unit: &Unit, trace: Option<&Trace>) -> Result<OpenOutputs, NotStorable> {
+    let required = unit.invocation.required_outputs();
+    let names = match trace {
+        Some(trace) => observed_outputs(unit, trace)?,
+        None if unit.invocation.needs_trace() => return Err(NotStorable::Untraced),
+        None => required.clone(),
+    };
+    if names.is_empty() || required.iter().any(|name| !names.contains(name)) {
+        return Err(NotStorable::MissingOutput);
+    }
+    let directory = unit.output_directory();
     let mut files = Vec::new();
     let mut dep_info = Vec::new();
-    for name in unit.invocation.output_names() {
+    for name in names {
         let mut file = File::open(directory.join(&name)).map_err(|_| NotStorable::MissingOutput)?;
         let metadata = file.metadata()?;
-        if !metadata.is_file() {
-            return Err(NotStorable::MissingOutput);
-        }
         if unit.invocation.dep_info_name().as_deref() == Some(name.as_str()) {
             file.read_to_end(&mut dep_info)?;
         }
-        files.push((name, file, Identity::of(&metadata)));
+        let executable = metadata.mode() & 0o100 != 0;
+        files.push(OpenOutput { name, file, identity: Identity::of(&metadata), executable });
     }
     Ok(OpenOutputs { files, dep_info })
+}
+
+/// Names of the files that a traced run left, `.rmeta` before what contains it.
+fn observed_outputs(unit: &Unit, trace: &Trace) -> Result<Vec<String>, NotStorable> {
+    let directory = unit.output_directory();
+    let mut names = Vec::with_capacity(trace.outputs.len());
+    for path in &trace.outputs {
+        let path = Path::new(OsStr::from_bytes(path));
+        let name = path.strip_prefix(&directory).ok().and_then(Path::to_str);
+        let name =
+            name.filter(|name| unit.invocation.owns_output(name)).ok_or(NotStorable::WritesElsewhere)?;
+        if !fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_file()) {
+            return Err(NotStorable::WritesElsewhere);
+        }
+        names.push(name.to_owned());
+    }
+    names.sort_unstable_by_key(|name| (!name.ends_with(".d"), !name.ends_with(".rmeta"), name.clone()));
+    Ok(names)
 }
 
 /// Hashes inputs and outputs, compresses the pack and keeps the outputs in the local tier.
@@ -69,7 +107,10 @@ pub(crate) fn record(
     memo: &Memo,
 ) -> Result<Recorded, NotStorable> {
     let dep_info = DepInfo::parse(&outputs.dep_info).map_err(|_| NotStorable::MalformedDepInfo)?;
-    let mut inputs = inputs::gather(unit, &dep_info, memo, finished.started_ns)?;
+    let mut inputs = match &finished.trace {
+        Some(trace) => inputs::from_trace(unit, trace, &dep_info, memo, finished.started_ns)?,
+        None => inputs::gather(unit, &dep_info, memo, finished.started_ns)?,
+    };
     let normalise = |text: &[u8]| unit.roots.normalise(text).map_err(|_| NotStorable::UnnormalisablePath);
     let stdout = normalise(finished.stdout.as_deref().map_or(&[], Vec::as_slice))?;
     let stderr = normalise(finished.stderr.as_deref().map_or(&[], Vec::as_slice))?;
@@ -140,8 +181,8 @@ impl<'a> Packer<'a> {
         let binary_bytes: u64 = outputs
             .files
             .iter()
-            .filter(|(name, ..)| dep_info.as_ref() != Some(name))
-            .map(|(_, _, identity)| identity.size_bytes)
+            .filter(|output| dep_info.as_ref() != Some(&output.name))
+            .map(|output| output.identity.size_bytes)
             .sum();
         let spool = SpooledTempFile::new(SPOOL_BYTES);
         let encoder = pack::compressor(spool, binary_bytes + text_bytes, UPLOAD_LEVEL)?;
@@ -151,11 +192,11 @@ impl<'a> Packer<'a> {
     fn pack(mut self, opened: OpenOutputs, text: &[u8]) -> Result<Packed, NotStorable> {
         let dep_info = self.unit.invocation.dep_info_name();
         let mut outputs = Vec::with_capacity(opened.files.len());
-        for (name, file, identity) in opened.files {
-            outputs.push(if dep_info.as_deref() == Some(name.as_str()) {
-                self.add_text(name, text)?
+        for output in opened.files {
+            outputs.push(if dep_info.as_ref() == Some(&output.name) {
+                self.add_text(output.name, text)?
             } else {
-                self.add_binary(name, file, identity)?
+                self.add_binary(output)?
             });
         }
         let mut spool = self.encoder.finish()?;
@@ -174,12 +215,8 @@ impl<'a> Packer<'a> {
         Ok(Output { name, kind: OutputKind::Text, executable: false, digest, size_bytes })
     }
 
-    fn add_binary(
-        &mut self,
-        name: String,
-        mut file: File,
-        identity: Identity,
-    ) -> Result<Output, NotStorable> {
+    fn add_binary(&mut self, opened: OpenOutput) -> Result<Output, NotStorable> {
+        let OpenOutput { name, mut file, identity, executable } = opened;
         let mut object = self.tier.map(LocalTier::stage).transpose()?;
         let digest = self.read_chunks(&mut file, object.as_mut())?;
         let after = Identity::of(&file.metadata()?);
@@ -190,13 +227,7 @@ impl<'a> Packer<'a> {
             tier.keep_object(object, &digest, self.memo)?;
         }
         self.memo.remember(after, digest);
-        Ok(Output {
-            name,
-            kind: OutputKind::Binary,
-            executable: false,
-            digest,
-            size_bytes: identity.size_bytes,
-        })
+        Ok(Output { name, kind: OutputKind::Binary, executable, digest, size_bytes: identity.size_bytes })
     }
 
     fn read_chunks(&mut self, file: &mut File, mut object: Option<&mut NamedTempFile>) -> io::Result<Digest> {

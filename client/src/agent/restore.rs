@@ -16,7 +16,7 @@ use cachec_protocol::{Digest, Output, OutputKind, StoredResult};
 use tempfile::{NamedTempFile, TempPath};
 
 use crate::ipc::{Hit, Rename};
-use crate::local::{LocalTier, world_readable};
+use crate::local::{LocalTier, permissions};
 use crate::memo::{Identity, Memo};
 use crate::unit::Unit;
 
@@ -138,23 +138,22 @@ struct Stager<'a> {
 }
 
 impl<'a> Stager<'a> {
-    /// Checks that the result has exactly the outputs that this unit's own command line asks for.
+    /// Checks that the result's outputs can only be this unit's, by its own command line, and that none
+    /// that it must have is missing.
     fn new(unit: &'a Unit, result: &'a StoredResult) -> io::Result<Self> {
-        let mut stored: Vec<&str> = result.outputs.iter().map(|output| output.name.as_str()).collect();
-        let mut expected = unit.invocation.output_names();
-        stored.sort_unstable();
-        expected.sort_unstable();
-        if stored != expected {
+        let stored: Vec<&str> = result.outputs.iter().map(|output| output.name.as_str()).collect();
+        let missing = unit.invocation.required_outputs().iter().any(|name| !stored.contains(&name.as_str()));
+        if missing || !stored.iter().all(|name| unit.invocation.owns_output(name)) {
             return Err(corrupt());
         }
-        Ok(Self { unit, result, directory: unit.working_directory.join(&unit.invocation.output_directory) })
+        Ok(Self { unit, result, directory: unit.output_directory() })
     }
 
     fn new_file(&self, output: &Output) -> io::Result<NamedTempFile> {
         tempfile::Builder::new()
             .prefix(".cachec-")
             .suffix(&format!("-{}", output.name))
-            .permissions(world_readable())
+            .permissions(permissions(output.executable))
             .tempfile_in(&self.directory)
     }
 

@@ -129,7 +129,8 @@ async fn run(
 ) -> io::Result<()> {
     let record = record.filter(|_| agent.stores());
     let arguments = arguments.into_iter().map(Into::into).collect();
-    connection.send(&Response::Run(Run { arguments, record: record.is_some() })).await?;
+    let places = record.as_ref().map(|(unit, _)| unit.places());
+    connection.send(&Response::Run(Run { arguments, record: places })).await?;
     let Request::Finished(finished) = connection.receive().await? else {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "unexpected message"));
     };
@@ -145,9 +146,10 @@ async fn keep(agent: &Arc<Agent>, unit: Arc<Unit>, gate: Option<OwnedMutexGuard<
         return;
     }
     let opening = {
-        let unit = Arc::clone(&unit);
-        tokio::task::spawn_blocking(move || record::open_outputs(&unit)).await
+        let (unit, trace) = (Arc::clone(&unit), finished.trace.clone());
+        tokio::task::spawn_blocking(move || record::open_outputs(&unit, trace.as_ref())).await
     };
+    agent.statistics().traced += u64::from(finished.trace.is_some());
     match opening {
         Ok(Ok(outputs)) => publish::start(agent, Job { unit, finished, outputs, gate }),
         Ok(Err(reason)) => publish::count_not_stored(agent, &reason.to_string()),

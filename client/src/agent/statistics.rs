@@ -28,6 +28,8 @@ pub(crate) struct Statistics {
     pub(crate) not_stored: BTreeMap<String, u64>,
     /// Results bound to a root's path, because an output contains it.
     pub(crate) bound: u64,
+    /// Compiled units that were observed by the tracer.
+    pub(crate) traced: u64,
     /// Results uploaded.
     pub(crate) uploaded: u64,
     /// Restores that failed after a match; the compiler ran.

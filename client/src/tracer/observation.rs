@@ -1,0 +1,374 @@
+//! What a run does to files, put together from its calls: which paths are inputs, which are its own.
+//!
+//! A path is looked at once, before the first call that names it goes on: what is there then is what the
+//! run found. What the run makes itself is its own from then on, and no input; a name it found absent and
+//! made afterwards is neither. What it made and left is an output.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Component, Path, PathBuf};
+
+use cachec_protocol::Digest;
+
+use crate::inputs::is_absence;
+
+use super::{Access, Places, Seen, Trace};
+
+/// Directories of the kernel's own files: they describe the machine and the process, not the build.
+const KERNEL_DIRECTORIES: [&str; 3] = ["/proc", "/dev", "/sys"];
+
+/// A script's interpreter may be a script, and so on; the kernel follows four.
+const MAX_INTERPRETERS: usize = 4;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Found {
+    Known(Seen),
+    /// A socket, a pipe, a device.
+    Special,
+    /// Something that cannot be looked at.
+    Unreadable,
+}
+
+#[derive(Debug)]
+struct Entry {
+    found: Found,
+    /// Opened for reading, listed or executed, rather than only looked at.
+    read: bool,
+    /// Made, replaced or removed by the run.
+    own: bool,
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(super) struct Observation {
+    entries: BTreeMap<PathBuf, Entry>,
+    links: BTreeMap<PathBuf, Digest>,
+    listings: BTreeMap<PathBuf, Digest>,
+    /// Own files and directories that are there now.
+    own: BTreeSet<PathBuf>,
+    searched: Vec<PathBuf>,
+    output_directory: PathBuf,
+    resolved: HashMap<PathBuf, PathBuf>,
+    obstacle: Option<&'static str>,
+    pub(super) notifications: u64,
+}
+
+impl Observation {
+    pub(super) fn new(places: &Places) -> Self {
+        let path = |bytes: &[u8]| Path::new(OsStr::from_bytes(bytes)).components().collect();
+        Self {
+            searched: places.searched.iter().map(|directory| path(directory)).collect(),
+            output_directory: path(&places.output_directory),
+            ..Self::default()
+        }
+    }
+
+    /// Notes that the run cannot be stored; the first reason stays.
+    pub(super) fn obstruct(&mut self, reason: &'static str) {
+        self.obstacle.get_or_insert(reason);
+    }
+
+    /// A call that opens a file, with `open`'s flags.
+    pub(super) fn open(&mut self, path: &Path, flags: i32) {
+        let Some(path) = self.resolve(path) else { return };
+        let writes =
+            flags & libc::O_ACCMODE != libc::O_RDONLY || flags & (libc::O_TRUNC | libc::O_CREAT) != 0;
+        let is_new = flags & libc::O_TMPFILE == libc::O_TMPFILE;
+        if is_new {
+            return;
+        }
+        if !writes {
+            let follow = flags & libc::O_NOFOLLOW == 0;
+            // With O_PATH nothing is read yet.
+            self.note(&path, follow, flags & libc::O_PATH == 0);
+        } else if flags & libc::O_CREAT == 0 && fs::metadata(&path).is_err_and(|error| is_absence(&error)) {
+            // The call fails.
+            self.note(&path, true, false);
+        } else if flags & libc::O_TRUNC != 0 {
+            self.replace(&path);
+        } else {
+            self.modify_or_create(&path, flags);
+        }
+    }
+
+    /// A call that makes a file from nothing, or a directory, link or special file.
+    pub(super) fn make(&mut self, path: &Path) {
+        let Some(path) = self.resolve(path) else { return };
+        // Where something is there already the call fails, and has only looked.
+        match fs::symlink_metadata(&path) {
+            Ok(_) => self.note(&path, false, false),
+            Err(_) => self.take(&path),
+        }
+    }
+
+    /// A call that asks what is at a path.
+    pub(super) fn look(&mut self, path: &Path, follow: bool) {
+        if let Some(path) = self.resolve(path) {
+            self.note(&path, follow, false);
+        }
+    }
+
+    /// A call that starts a program: its file, and the interpreters that the kernel reads for it.
+    pub(super) fn execute(&mut self, path: &Path) {
+        let mut program = path.to_owned();
+        for _ in 0..=MAX_INTERPRETERS {
+            let Some(resolved) = self.resolve(&program) else { return };
+            self.note(&resolved, true, true);
+            match interpreter(&resolved) {
+                Some(next) if next.is_absolute() => program = next,
+                Some(_) => return self.obstruct("relative-interpreter"),
+                None => return,
+            }
+        }
+    }
+
+    /// A call that lists a directory, named as the kernel knows it.
+    pub(super) fn list(&mut self, directory: &Path) {
+        if is_kernels(directory) || self.is_own(directory) || self.listings.contains_key(directory) {
+            return;
+        }
+        if self.searched.iter().any(|searched| searched == directory) {
+            return;
+        }
+        match listing_digest(directory, &self.own) {
+            Ok(digest) => drop(self.listings.insert(directory.to_owned(), digest)),
+            Err(_) => self.obstruct("unreadable-directory"),
+        }
+    }
+
+    /// A call that renames.
+    pub(super) fn rename(&mut self, from: &Path, to: &Path) {
+        let (Some(from), Some(to)) = (self.resolve(from), self.resolve(to)) else { return };
+        if fs::symlink_metadata(&from).is_err() {
+            return self.note(&from, false, false);
+        }
+        if !self.is_own(&from) {
+            return self.obstruct("moves-input");
+        }
+        self.replace(&to);
+        let moved: Vec<PathBuf> = self.own.iter().filter(|path| path.starts_with(&from)).cloned().collect();
+        for path in moved {
+            self.own.remove(&path);
+            let rest = path.strip_prefix(&from).unwrap_or(Path::new(""));
+            self.take(&if rest.as_os_str().is_empty() { to.clone() } else { to.join(rest) });
+        }
+    }
+
+    /// A call that gives a file another name.
+    pub(super) fn link(&mut self, from: &Path, to: &Path) {
+        let Some(from) = self.resolve(from) else { return };
+        if !self.is_own(&from) {
+            self.note(&from, false, true);
+        }
+        self.make(to);
+    }
+
+    /// A call that removes a name.
+    pub(super) fn remove(&mut self, path: &Path) {
+        let Some(path) = self.resolve(path) else { return };
+        if self.own.remove(&path) || self.is_own(&path) || fs::symlink_metadata(&path).is_err() {
+            return;
+        }
+        if path.parent() != Some(self.output_directory.as_path()) {
+            self.obstruct("removes-input");
+        }
+        self.replace(&path);
+        self.own.remove(&path);
+    }
+
+    /// A call that changes a file's content in place.
+    pub(super) fn modify(&mut self, path: &Path) {
+        if let Some(path) = self.resolve(path)
+            && !self.is_own(&path)
+        {
+            self.obstruct("modifies-input");
+        }
+    }
+
+    /// The trace, once the run has ended.
+    pub(super) fn finish(self) -> Trace {
+        let mut inputs = Vec::new();
+        let mut obstacle = self.obstacle;
+        for (path, entry) in &self.entries {
+            match entry.found {
+                _ if entry.own => {}
+                Found::Known(seen) => inputs.push(Access { seen, path: bytes(path), digest: None }),
+                Found::Special if entry.read => drop(obstacle.get_or_insert("special-file")),
+                Found::Special => {}
+                Found::Unreadable => drop(obstacle.get_or_insert("unreadable-path")),
+            }
+        }
+        let digested = [(Seen::Link, &self.links), (Seen::Listing, &self.listings)];
+        for (seen, (path, digest)) in
+            digested.into_iter().flat_map(|(seen, map)| map.iter().map(move |pair| (seen, pair)))
+        {
+            inputs.push(Access { seen, path: bytes(path), digest: Some(*digest) });
+        }
+        let left = |path: &&PathBuf| fs::symlink_metadata(path).is_ok_and(|metadata| !metadata.is_dir());
+        let outputs = self.own.iter().filter(left).map(|path| bytes(path).into()).collect();
+        Trace { inputs, outputs, obstacle: obstacle.map(str::to_owned), notifications: self.notifications }
+    }
+
+    /// Notes what is at a path, unless that is known, or the run's own.
+    fn note(&mut self, path: &Path, follow: bool, read: bool) {
+        if is_kernels(path) || self.is_own(path) || (!follow && self.note_link(path)) {
+            return;
+        }
+        if let Some(entry) = self.entries.get_mut(path) {
+            entry.read |= read;
+            return;
+        }
+        let found = match fs::metadata(path) {
+            Ok(metadata) if metadata.is_dir() => Found::Known(Seen::Directory),
+            Ok(metadata) if metadata.is_file() => Found::Known(Seen::File),
+            Ok(_) => Found::Special,
+            Err(error) if is_absence(&error) => Found::Known(Seen::Absent),
+            Err(_) => Found::Unreadable,
+        };
+        self.entries.insert(path.to_owned(), Entry { found, read, own: false });
+    }
+
+    /// Notes a symbolic link's own text; says whether there is one.
+    fn note_link(&mut self, path: &Path) -> bool {
+        if self.links.contains_key(path) {
+            return true;
+        }
+        if self.entries.contains_key(path) {
+            return false;
+        }
+        let Ok(target) = fs::read_link(path) else { return false };
+        self.links.insert(path.to_owned(), Digest::of(target.as_os_str().as_bytes()));
+        true
+    }
+
+    /// The run replaces what is at a path, or removes it. If it has read that before, its inputs are gone.
+    fn replace(&mut self, path: &Path) {
+        if self.entries.get(path).is_some_and(|entry| entry.read && !entry.own && is_file(entry)) {
+            self.obstruct("modifies-input");
+        }
+        self.take(path);
+    }
+
+    fn modify_or_create(&mut self, path: &Path, flags: i32) {
+        if is_kernels(path) || self.is_own(path) {
+            return;
+        }
+        match fs::metadata(path) {
+            Err(_) => self.take(path),
+            // The call fails.
+            Ok(_) if flags & libc::O_EXCL != 0 => self.note(path, true, false),
+            Ok(metadata) if metadata.is_file() => self.obstruct("modifies-input"),
+            Ok(_) => {}
+        }
+    }
+
+    /// Makes a path the run's own.
+    fn take(&mut self, path: &Path) {
+        if is_kernels(path) {
+            return;
+        }
+        self.own.insert(path.to_owned());
+        let found = Found::Known(Seen::Absent);
+        self.entries.entry(path.to_owned()).or_insert(Entry { found, read: false, own: true }).own = true;
+    }
+
+    /// Whether a path, or a directory above it, was made by the run.
+    fn is_own(&self, path: &Path) -> bool {
+        self.entries.get(path).is_some_and(|entry| entry.own)
+            || path.ancestors().skip(1).any(|ancestor| self.own.contains(ancestor))
+    }
+
+    /// An absolute path without `.`, `..` and double slashes. Where a directory before a `..` is missing,
+    /// that is what the call finds, and nothing is left to look at.
+    fn resolve(&mut self, path: &Path) -> Option<PathBuf> {
+        if !path.components().any(|component| component == Component::ParentDir) {
+            return Some(path.components().collect());
+        }
+        if let Some(known) = self.resolved.get(path) {
+            return Some(known.clone());
+        }
+        let components: Vec<Component<'_>> = path.components().collect();
+        let last = components.iter().rposition(|component| *component == Component::ParentDir)?;
+        let directory: PathBuf = components[..=last].iter().collect();
+        let Ok(real) = fs::canonicalize(&directory) else {
+            self.note_missing_directory(&directory);
+            return None;
+        };
+        let resolved = components[last + 1..].iter().fold(real, |real, component| real.join(component));
+        self.resolved.insert(path.to_owned(), resolved.clone());
+        Some(resolved)
+    }
+
+    /// Notes the first directory on the way of a path with `..` that is not there.
+    fn note_missing_directory(&mut self, path: &Path) {
+        let mut walked = PathBuf::new();
+        for component in path.components() {
+            if component == Component::ParentDir {
+                match fs::canonicalize(&walked) {
+                    Ok(real) => walked = real.parent().map(Path::to_owned).unwrap_or(real),
+                    Err(_) => return self.note(&walked, true, false),
+                }
+            } else {
+                walked.push(component);
+            }
+        }
+    }
+}
+
+fn is_file(entry: &Entry) -> bool {
+    entry.found == Found::Known(Seen::File)
+}
+
+fn is_kernels(path: &Path) -> bool {
+    KERNEL_DIRECTORIES.iter().any(|directory| path.starts_with(directory))
+}
+
+fn bytes(path: &Path) -> Vec<u8> {
+    path.as_os_str().as_bytes().to_vec()
+}
+
+/// Digest of a directory's sorted names, each followed by NUL, without the run's own.
+fn listing_digest(directory: &Path, own: &BTreeSet<PathBuf>) -> io::Result<Digest> {
+    let mut names = fs::read_dir(directory)?
+        .map(|entry| Ok(entry?.file_name()))
+        .filter(|name| name.as_ref().map_or(true, |name| !own.contains(&directory.join(name))))
+        .collect::<io::Result<Vec<OsString>>>()?;
+    names.sort_unstable();
+    Ok(crate::inputs::listing_digest(&names))
+}
+
+/// The interpreter that the kernel starts for a program: a script's, or an ELF file's dynamic loader.
+fn interpreter(program: &Path) -> Option<PathBuf> {
+    let mut start = Vec::new();
+    File::open(program).ok()?.take(4096).read_to_end(&mut start).ok()?;
+    if let Some(script) = start.strip_prefix(b"#!") {
+        let line = script.split(|byte| *byte == b'\n').next()?.trim_ascii();
+        let word = line.split(|byte| matches!(byte, b' ' | b'\t')).next()?;
+        return Some(PathBuf::from(OsStr::from_bytes(word)));
+    }
+    elf_interpreter(&start).map(|path| PathBuf::from(OsString::from_vec(path)))
+}
+
+/// `PT_INTERP` of a 64-bit little-endian ELF file whose first page this is.
+fn elf_interpreter(start: &[u8]) -> Option<Vec<u8>> {
+    const PT_INTERP: u64 = 3;
+    let number = |at: usize, length: usize| -> Option<u64> {
+        let bytes = start.get(at..at.checked_add(length)?)?;
+        Some(bytes.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte)))
+    };
+    if !start.starts_with(b"\x7fELF\x02\x01") {
+        return None;
+    }
+    let table = usize::try_from(number(0x20, 8)?).ok()?;
+    let (entry_bytes, entries) =
+        (usize::try_from(number(0x36, 2)?).ok()?, usize::try_from(number(0x38, 2)?).ok()?);
+    let header = (0..entries)
+        .map(|index| table.saturating_add(index.saturating_mul(entry_bytes)))
+        .find(|header| number(*header, 4) == Some(PT_INTERP))?;
+    let offset = usize::try_from(number(header.checked_add(8)?, 8)?).ok()?;
+    let path = start.get(offset..)?.split(|byte| *byte == 0).next()?;
+    (!path.is_empty()).then(|| path.to_vec())
+}
