@@ -293,8 +293,8 @@ fn family_options(cache: &Cache) -> Options {
     options.set_block_based_table_factory(&blocks);
     options.set_write_buffer_size(16 << 20);
     options.set_level_compaction_dynamic_level_bytes(true);
-    // Entries come and go in the order of their use: a run of deletions is compacted away early, so that
-    // neither space nor the search for the oldest entry suffers.
+    // Entries go as often as they come, and the row that deletes one is far shorter than what it deletes: files
+    // with many such rows are compacted early, so that neither space nor the search for the oldest entry suffers.
     options.add_compact_on_deletion_collector_factory(10_000, 5_000, 0.5);
     options
 }
