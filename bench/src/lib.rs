@@ -1,7 +1,7 @@
 //! Running cachec as its users do, and looking at it from outside: real cargo, real rustc, real processes.
 //!
 //! [`programs`] builds and names the two programs, [`server`] runs a server, [`machine`] is a build machine
-//! with its own home, caches and agent, [`project`] writes small workspaces, [`line`] stands between
+//! with its own home, caches and agent, [`tier`] forges its local tier, [`project`] writes small workspaces, [`line`] stands between
 //! client and server and misbehaves.
 
 pub mod crates;
@@ -11,6 +11,7 @@ pub mod machine;
 pub mod programs;
 pub mod project;
 pub mod server;
+pub mod tier;
 
 pub use machine::{Build, Machine};
 pub use project::Project;

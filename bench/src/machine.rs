@@ -92,6 +92,12 @@ impl Machine {
         self
     }
 
+    /// Sets a variable for what follows.
+    pub fn set(&mut self, name: &str, value: impl AsRef<str>) {
+        self.variables.retain(|(known, _)| known != name);
+        self.variables.push((name.to_owned(), value.as_ref().to_owned()));
+    }
+
     /// Unsets a variable.
     #[must_use]
     pub fn without(mut self, name: &str) -> Self {

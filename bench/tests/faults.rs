@@ -2,12 +2,12 @@
 //! line says why, and the delay is bounded.
 
 use std::fs;
-use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::Result;
 use cachec_bench::line::{BadLine, Fault};
+use cachec_bench::tier::files_below;
 use cachec_bench::{Build, Machine, Project, Server};
 
 /// Far over what any of these builds takes, and far under any hang.
@@ -144,24 +144,16 @@ fn a_runtime_directory_that_cannot_be_used() -> Result<()> {
     build_survives_saying(&open, "others may write there")
 }
 
-/// Restores every object's size and changes its content.
+/// Changes the content of every object, and not its size.
 fn corrupt_objects(machine: &Machine) -> Result<usize> {
-    let mut directories = vec![machine.path("tier/v1/objects")];
-    let mut corrupted = 0;
-    while let Some(directory) = directories.pop() {
-        for entry in fs::read_dir(directory)?.flatten() {
-            if entry.file_type()?.is_dir() {
-                directories.push(entry.path());
-            } else {
-                let mut content = fs::read(entry.path())?;
-                let middle = content.len() / 2;
-                content[middle] ^= 0x40;
-                fs::write(entry.path(), content)?;
-                corrupted += 1;
-            }
-        }
+    let files = files_below(&machine.path("tier/v1/objects"))?;
+    for file in &files {
+        let mut content = fs::read(file)?;
+        let middle = content.len() / 2;
+        content[middle] ^= 0x40;
+        fs::write(file, content)?;
     }
-    Ok(corrupted)
+    Ok(files.len())
 }
 
 #[test]
@@ -285,17 +277,4 @@ fn corrupt_blobs_on_the_server() -> Result<()> {
     assert_eq!(project.run_app()?, "app middle one unset");
     assert!(build.notices().len() <= 1, "{:?}", build.notices());
     Ok(())
-}
-
-fn files_below(directory: &std::path::Path) -> Result<Vec<PathBuf>> {
-    let mut files = Vec::new();
-    for entry in fs::read_dir(directory)? {
-        let entry = entry?;
-        if entry.file_type()?.is_dir() {
-            files.extend(files_below(&entry.path())?);
-        } else {
-            files.push(entry.path());
-        }
-    }
-    Ok(files)
 }

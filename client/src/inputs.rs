@@ -87,13 +87,16 @@ pub(crate) fn from_trace(
 /// | `/etc/ld.so.cache` | an index of libraries; the libraries that are loaded are inputs |
 /// | the directory for temporary files itself | what the run makes there is its own |
 /// | directories below the target directory | cargo makes them as it goes; files in them are inputs |
-/// | `/proc`, `/dev`, `/sys` | left out by the tracer: they describe machine and process |
+/// | directories around a root | they are there wherever the root is, under other names |
+/// | `/proc`, `/dev` but `/dev/shm`, `/sys` | left out by the tracer: they describe machine and process |
 fn is_left_out(unit: &Unit, access: &Access) -> bool {
     let path = Path::new(OsStr::from_bytes(&access.path));
+    let around_root = || unit.root_directories().any(|root| root.starts_with(path));
     let in_target = || unit.target_directory.as_ref().is_some_and(|target| path.starts_with(target));
     unit.sysroots.iter().any(|sysroot| path.starts_with(sysroot))
         || path == Path::new("/etc/ld.so.cache")
-        || (access.seen == Seen::Directory && (in_target() || path == unit.temporary_directory()))
+        || (access.seen == Seen::Directory
+            && (in_target() || around_root() || path == unit.temporary_directory()))
 }
 
 /// Gathers what a run read, from its dep-info. `started_ns` is the start of the run: a file that changed

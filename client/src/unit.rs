@@ -122,6 +122,12 @@ impl Unit {
         [tool, arguments, rest].concat()
     }
 
+    /// The directories that the roots stand for, by every name they are known under.
+    pub(crate) fn root_directories(&self) -> impl Iterator<Item = &Path> {
+        let roots = self.roots.iter().map(|(_, path)| Path::new(OsStr::from_bytes(path)));
+        roots.chain(self.sysroots.iter().map(PathBuf::as_path)).chain([self.working_directory.as_path()])
+    }
+
     /// The directory for temporary files.
     pub(crate) fn temporary_directory(&self) -> PathBuf {
         PathBuf::from(OsStr::from_bytes(self.variable(b"TMPDIR").unwrap_or(b"/tmp")))

@@ -19,6 +19,8 @@ use super::{Access, Places, Seen, Trace};
 
 /// Directories of the kernel's own files: they describe the machine and the process, not the build.
 const KERNEL_DIRECTORIES: [&str; 3] = ["/proc", "/dev", "/sys"];
+/// But these are ordinary files.
+const SHARED_MEMORY: &str = "/dev/shm";
 
 /// A script's interpreter may be a script, and so on; the kernel follows four.
 const MAX_INTERPRETERS: usize = 4;
@@ -60,7 +62,13 @@ impl Observation {
     pub(super) fn new(places: &Places) -> Self {
         let path = |bytes: &[u8]| Path::new(OsStr::from_bytes(bytes)).components().collect();
         Self {
-            searched: places.searched.iter().map(|directory| path(directory)).collect(),
+            // The kernel names an open directory without links on the way.
+            searched: places
+                .searched
+                .iter()
+                .map(|directory| path(directory))
+                .flat_map(|path: PathBuf| [fs::canonicalize(&path).unwrap_or_default(), path])
+                .collect(),
             output_directory: path(&places.output_directory),
             ..Self::default()
         }
@@ -284,6 +292,9 @@ impl Observation {
     /// An absolute path without `.`, `..` and double slashes. Where a directory before a `..` is missing,
     /// that is what the call finds, and nothing is left to look at.
     fn resolve(&mut self, path: &Path) -> Option<PathBuf> {
+        if leads_out_of_proc(path) {
+            self.obstruct("process-link");
+        }
         if !path.components().any(|component| component == Component::ParentDir) {
             return Some(path.components().collect());
         }
@@ -323,11 +334,17 @@ fn is_file(entry: &Entry) -> bool {
 }
 
 fn is_kernels(path: &Path) -> bool {
-    KERNEL_DIRECTORIES.iter().any(|directory| path.starts_with(directory))
+    KERNEL_DIRECTORIES.iter().any(|directory| path.starts_with(directory)) && !path.starts_with(SHARED_MEMORY)
 }
 
 fn bytes(path: &Path) -> Vec<u8> {
     path.as_os_str().as_bytes().to_vec()
+}
+
+/// Whether a path goes through a process's working or root directory to an ordinary file.
+fn leads_out_of_proc(path: &Path) -> bool {
+    let through = |name: &str| path.components().rev().skip(1).any(|part| part.as_os_str() == name);
+    path.starts_with("/proc") && (through("cwd") || through("root"))
 }
 
 /// Digest of a directory's sorted names, each followed by NUL, without the run's own.

@@ -199,9 +199,25 @@ fn observe(listener: &OwnedFd, notification: &Notification, observation: &mut Ob
         Operation::Remove(name) => with(read(name), |path| observation.remove(path)),
         Operation::Modify(name) => with(read(name), |path| observation.modify(path)),
         Operation::List => with(descriptor_path(task, arguments[0]), |path| observation.list(path)),
+        Operation::Connect(position) => {
+            if !is_name_service(task, arguments[position]) {
+                observation.obstruct("local-socket");
+            }
+        }
         Operation::Network => observation.obstruct("network"),
         Operation::Escape(reason) => observation.obstruct(reason),
     }
+}
+
+/// Whether a socket's address is that of a local service that the C library asks for users and hosts.
+/// Those answer from files that it would read itself.
+fn is_name_service(task: u32, address: u64) -> bool {
+    let mut family = [0; 2];
+    filter::read_memory(task, address, &mut family);
+    let path = read_text(task, address.saturating_add(2)).unwrap_or_default();
+    let services: [&[u8]; 3] = [b"/run/nscd/", b"/var/run/nscd/", b"/run/systemd/userdb/"];
+    i32::from(u16::from_ne_bytes(family)) == libc::AF_UNIX
+        && services.iter().any(|start| path.starts_with(start))
 }
 
 fn with(path: Option<PathBuf>, action: impl FnOnce(&Path)) {

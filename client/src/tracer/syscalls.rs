@@ -40,6 +40,8 @@ pub(super) enum Operation {
     List,
     /// Opens a socket to other machines; the family is the first argument.
     Network,
+    /// Connects to another process; the address is at that position.
+    Connect(usize),
     /// Does what cannot be followed; a reason code.
     Escape(&'static str),
 }
@@ -68,6 +70,7 @@ const COMMON: &[(c_long, Operation)] = &[
     (libc::SYS_truncate, Operation::Modify(Name { directory: None, path: 0 })),
     (libc::SYS_getdents64, Operation::List),
     (libc::SYS_socket, Operation::Network),
+    (libc::SYS_connect, Operation::Connect(1)),
     (libc::SYS_io_uring_setup, Operation::Escape("io-uring")),
     (libc::SYS_open_by_handle_at, Operation::Escape("file-handle")),
     (libc::SYS_open_tree, Operation::Escape("mount")),

@@ -1,0 +1,401 @@
+//! What has made hits wrong elsewhere, one test each: the same inputs hit; a changed one misses; and with
+//! that input taken out of the stored result, the stale program really appears (so the test can fail).
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use cachec_bench::tier::forget_inputs;
+use cachec_bench::{Build, Machine, Project};
+
+struct Case {
+    machine: Machine,
+    project: Project,
+    directory: tempfile::TempDir,
+}
+
+impl Case {
+    /// A workspace with a program `app` whose source this is, depending on the packages named.
+    fn new(app: &str, dependencies: &[&str]) -> Result<Self> {
+        let directory = tempfile::tempdir()?;
+        let project = Project { root: directory.path().join("checkout") };
+        project.write(
+            "Cargo.toml",
+            "[workspace]\nmembers = [\"*\"]\nexclude = [\"target\"]\nresolver = \"3\"\n",
+        )?;
+        project.package("app", dependencies)?;
+        project.write("app/src/main.rs", app)?;
+        Ok(Self { machine: Machine::new()?, project, directory })
+    }
+
+    /// Adds a proc macro `made` in a package `maker`, whose body yields the text of a string literal.
+    fn with_macro(self, body: &str) -> Result<Self> {
+        self.project.write(
+            "maker/Cargo.toml",
+            "[package]\nname = \"maker\"\nversion = \"0.1.0\"\nedition = \"2024\"\n[lib]\nproc-macro = true\n",
+        )?;
+        let source = format!(
+            "use proc_macro::TokenStream;\n#[proc_macro]\npub fn made(_: TokenStream) -> TokenStream {{\n    \
+             let text: String = {{ {body} }};\n    format!(\"{{text:?}}\").parse().unwrap()\n}}\n"
+        );
+        self.project.write("maker/src/lib.rs", &source)?;
+        Ok(self)
+    }
+
+    fn outside(&self, name: &str) -> std::path::PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn build(&self) -> Result<Build> {
+        self.project.wipe()?;
+        let build = self.machine.cargo(&self.project.root, &["build"])?;
+        assert!(build.success, "{}", build.stderr);
+        self.machine.cachec(&self.project.root, &["flush"])?;
+        Ok(build)
+    }
+
+    /// The whole proof; `forgotten` is a part of the name of the input that changes.
+    fn prove(
+        mut self,
+        before: &str,
+        change: impl FnOnce(&Self) -> Result<()>,
+        after: &str,
+        forgotten: &str,
+    ) -> Result<()> {
+        self.build()?;
+        assert_eq!(self.project.run_app()?, before);
+        let same = self.build()?;
+        assert!(same.compiled.is_empty(), "the same inputs are compiled again: {:?}", same.compiled);
+        assert_eq!(self.project.run_app()?, before);
+
+        let (tier, forged) = (self.machine.path("tier"), self.machine.path("forged"));
+        assert!(Command::new("cp").arg("-r").args([&tier, &forged]).status()?.success());
+        let named = |input: &cachec_protocol::Input| String::from_utf8_lossy(&input.name).contains(forgotten);
+        assert!(forget_inputs(&forged, named)? > 0, "no stored result knows {forgotten}");
+
+        change(&self)?;
+        let changed = self.build()?;
+        assert!(!changed.compiled.is_empty(), "the change was not noticed");
+        assert_eq!(self.project.run_app()?, after);
+
+        self.machine.set("CACHEC_DIR", forged.to_string_lossy());
+        self.build()?;
+        assert_eq!(
+            self.project.run_app()?,
+            before,
+            "the negative control: without the input, the stale program"
+        );
+        Ok(())
+    }
+}
+
+const PRINT_MADE: &str = "fn main() { println!(\"{}\", maker::made!()); }\n";
+
+#[test]
+fn a_proc_macro_that_reads_a_file() -> Result<()> {
+    let case = Case::new(PRINT_MADE, &["maker"])?.with_macro(
+        "std::fs::read_to_string(concat!(env!(\"CARGO_MANIFEST_DIR\"), \"/../data.txt\")).unwrap()",
+    )?;
+    case.project.write("data.txt", "one")?;
+    case.prove("one", |case| case.project.write("data.txt", "two"), "two", "data.txt")
+}
+
+#[test]
+fn a_proc_macro_that_lists_a_directory() -> Result<()> {
+    let body = "let mut names: Vec<_> = std::fs::read_dir(\"app/migrations\").unwrap()\
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect(); names.sort(); names.join(\" \")";
+    let case = Case::new(PRINT_MADE, &["maker"])?.with_macro(body)?;
+    case.project.write("app/migrations/1.sql", "")?;
+    case.prove("1.sql", |case| case.project.write("app/migrations/2.sql", ""), "1.sql 2.sql", "migrations")
+}
+
+#[test]
+fn a_proc_macro_that_asks_whether_a_file_exists() -> Result<()> {
+    let body = "std::path::Path::new(\"switch\").exists().to_string()";
+    let case = Case::new(PRINT_MADE, &["maker"])?.with_macro(body)?;
+    case.prove("false", |case| case.project.write("switch", ""), "true", "switch")
+}
+
+#[test]
+fn a_proc_macro_that_reads_through_a_link() -> Result<()> {
+    let body = "std::fs::read_to_string(\"current/data.txt\").unwrap()";
+    let case = Case::new(PRINT_MADE, &["maker"])?.with_macro(body)?;
+    case.project.write("first/data.txt", "one")?;
+    case.project.write("second/data.txt", "two")?;
+    case.project.write("Cargo.toml", "[workspace]\nmembers = [\"app\", \"maker\"]\nresolver = \"3\"\n")?;
+    let link = case.project.root.join("current");
+    std::os::unix::fs::symlink("first", &link)?;
+    let retarget = |case: &Case| -> Result<()> {
+        fs::remove_file(case.project.root.join("current"))?;
+        Ok(std::os::unix::fs::symlink("second", case.project.root.join("current"))?)
+    };
+    case.prove("one", retarget, "two", "current")
+}
+
+#[test]
+fn a_proc_macro_that_reads_a_link() -> Result<()> {
+    let body = "std::fs::read_link(\"current\").unwrap().to_string_lossy().into_owned()";
+    let case = Case::new(PRINT_MADE, &["maker"])?.with_macro(body)?;
+    std::os::unix::fs::symlink("first", case.project.root.join("current"))?;
+    let retarget = |case: &Case| -> Result<()> {
+        fs::remove_file(case.project.root.join("current"))?;
+        Ok(std::os::unix::fs::symlink("second", case.project.root.join("current"))?)
+    };
+    case.prove("first", retarget, "second", "current")
+}
+
+#[test]
+fn a_proc_macro_that_asks_another_program() -> Result<()> {
+    let body = "let output = std::process::Command::new(\"../checkout/tool.sh\").output().unwrap(); \
+        String::from_utf8(output.stdout).unwrap().trim().to_owned()";
+    let case = Case::new(PRINT_MADE, &["maker"])?.with_macro(body)?;
+    let write = |project: &Project, text: &str| -> Result<()> {
+        project.write("tool.sh", &format!("#!/bin/sh\necho {text}\n"))?;
+        fs::set_permissions(
+            project.root.join("tool.sh"),
+            std::os::unix::fs::PermissionsExt::from_mode(0o755),
+        )?;
+        Ok(())
+    };
+    write(&case.project, "one")?;
+    case.prove("one", |case| write(&case.project, "two"), "two", "tool.sh")
+}
+
+#[test]
+fn a_source_of_the_same_size_and_mtime() -> Result<()> {
+    let case = Case::new("fn main() { println!(\"one\"); }\n", &[])?;
+    let change = |case: &Case| -> Result<()> {
+        let path = case.project.root.join("app/src/main.rs");
+        let modified = fs::metadata(&path)?.modified()?;
+        case.project.write("app/src/main.rs", "fn main() { println!(\"two\"); }\n")?;
+        Ok(fs::File::options().append(true).open(path)?.set_modified(modified)?)
+    };
+    case.prove("one", change, "two", "main.rs")
+}
+
+/// Compiles a C function `answer` that returns a number.
+fn compile_answer(directory: &Path, object: &str, number: u32) -> Result<()> {
+    fs::create_dir_all(directory)?;
+    fs::write(directory.join("answer.c"), format!("int answer(void) {{ return {number}; }}\n"))?;
+    let status = Command::new("cc").args(["-c", "answer.c", "-o", object]).current_dir(directory).status()?;
+    anyhow::ensure!(status.success(), "cc failed");
+    Ok(())
+}
+
+fn archive_answer(directory: &Path, number: u32) -> Result<()> {
+    compile_answer(directory, "answer.o", number)?;
+    let status =
+        Command::new("ar").args(["crsD", "libanswer.a", "answer.o"]).current_dir(directory).status()?;
+    anyhow::ensure!(status.success(), "ar failed");
+    Ok(())
+}
+
+const PRINT_ANSWER: &str =
+    "unsafe extern \"C\" { fn answer() -> i32; }\nfn main() { println!(\"{}\", unsafe { answer() }); }\n";
+
+#[test]
+fn a_static_library_of_the_program() -> Result<()> {
+    let case = Case::new(PRINT_ANSWER, &[])?;
+    let native = case.outside("native");
+    archive_answer(&native, 41)?;
+    let script = format!(
+        "fn main() {{ println!(\"cargo:rustc-link-search=native={}\"); println!(\"cargo:rustc-link-lib=static=answer\"); }}\n",
+        native.display()
+    );
+    case.project.write("app/build.rs", &script)?;
+    case.prove("41", |case| archive_answer(&case.outside("native"), 42), "42", "libanswer.a")
+}
+
+#[test]
+fn a_static_library_inside_a_library() -> Result<()> {
+    let case = Case::new("fn main() { println!(\"{}\", inner::get()); }\n", &["inner"])?;
+    let native = case.outside("native");
+    archive_answer(&native, 41)?;
+    case.project.package("inner", &[])?;
+    case.project.write(
+        "inner/src/lib.rs",
+        "#[link(name = \"answer\", kind = \"static\", modifiers = \"+whole-archive\")]\nunsafe extern \"C\" { \
+         fn answer() -> i32; }\npub fn get() -> i32 { unsafe { answer() } }\n",
+    )?;
+    let script = format!("fn main() {{ println!(\"cargo:rustc-link-search={}\"); }}\n", native.display());
+    case.project.write("inner/build.rs", &script)?;
+    case.prove("41", |case| archive_answer(&case.outside("native"), 42), "42", "libanswer.a")
+}
+
+#[test]
+fn another_linker() -> Result<()> {
+    let mut case = Case::new(PRINT_ANSWER, &[])?;
+    let native = case.outside("native");
+    compile_answer(&native, "one.o", 1)?;
+    compile_answer(&native, "two.o", 2)?;
+    let write = |native: &Path, object: &str| -> Result<()> {
+        let script = native.join("linker.sh");
+        fs::write(&script, format!("#!/bin/sh\nexec cc \"$@\" {}/{object}\n", native.display()))?;
+        fs::set_permissions(script, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+        Ok(())
+    };
+    write(&native, "one.o")?;
+    case.machine.set("RUSTFLAGS", format!("-Clinker={}", native.join("linker.sh").display()));
+    case.prove("1", |case| write(&case.outside("native"), "two.o"), "2", "linker.sh")
+}
+
+#[test]
+fn a_linker_that_appears_earlier_in_the_path() -> Result<()> {
+    let mut case = Case::new(PRINT_ANSWER, &[])?;
+    let native = case.outside("native");
+    compile_answer(&native, "one.o", 1)?;
+    compile_answer(&native, "two.o", 2)?;
+    let early = case.outside("early");
+    fs::create_dir(&early)?;
+    let path = std::env::var("PATH")?;
+    case.machine.set("PATH", format!("{}:{path}", early.display()));
+    case.machine.set("RUSTFLAGS", format!("-Clink-arg={}/one.o", native.display()));
+    let real = Command::new("sh").args(["-c", "command -v cc"]).output()?.stdout;
+    let real = String::from_utf8(real)?.trim().to_owned();
+    let appear = |case: &Case| -> Result<()> {
+        let script = case.outside("early").join("cc");
+        let native = case.outside("native");
+        let text = format!(
+            "#!/bin/sh\nfor word; do shift; case $word in */one.o) word={}/two.o;; esac; set -- \"$@\" \"$word\"; done\n\
+             exec {real} \"$@\"\n",
+            native.display()
+        );
+        fs::write(&script, text)?;
+        Ok(fs::set_permissions(script, std::os::unix::fs::PermissionsExt::from_mode(0o755))?)
+    };
+    case.prove("1", appear, "2", "early/cc")
+}
+
+#[test]
+fn a_changed_proc_macro() -> Result<()> {
+    let case = Case::new(PRINT_MADE, &["maker"])?.with_macro("\"one\".to_owned()")?;
+    case.build()?;
+    assert_eq!(case.project.run_app()?, "one");
+    let case = case.with_macro("\"two\".to_owned()")?;
+    assert_eq!(case.build()?.compiled, ["app", "maker"]);
+    assert_eq!(case.project.run_app()?, "two");
+    Ok(())
+}
+
+#[test]
+fn what_cannot_be_observed_is_not_stored() -> Result<()> {
+    let bodies = [
+        ("let _ = std::net::UdpSocket::bind(\"127.0.0.1:0\"); String::new()", "network"),
+        ("let _ = std::os::unix::net::UnixStream::connect(\"/nowhere\"); String::new()", "local-socket"),
+        ("std::fs::write(\"left-behind\", \"\").unwrap(); String::new()", "writes-elsewhere"),
+        ("std::fs::read_to_string(\"/proc/self/cwd/Cargo.toml\").unwrap()", "process-link"),
+        (
+            "use std::process::{Command, Stdio}; Command::new(\"sleep\").arg(\"3\").stdin(Stdio::null())\
+                .stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap(); String::new()",
+            "leaves-processes",
+        ),
+    ];
+    for (body, reason) in bodies {
+        let case = Case::new(PRINT_MADE, &["maker"])?.with_macro(body)?;
+        case.build()?;
+        let not_stored = case.machine.statistics(&case.project.root)?["not_stored"].clone();
+        assert_eq!(not_stored[reason].as_u64(), Some(1), "{reason}: {not_stored}");
+        assert_eq!(case.build()?.compiled, ["app"], "{reason}");
+    }
+    Ok(())
+}
+
+#[test]
+fn clippy_settings_that_appear() -> Result<()> {
+    let case = Case::new("fn many(_: u8, _: u8, _: u8) {}\nfn main() { many(1, 2, 3); }\n", &[])?;
+    let clippy = || -> Result<Build> {
+        case.project.wipe()?;
+        let build = case.machine.cargo(&case.project.root, &["clippy"])?;
+        assert!(build.success, "{}", build.stderr);
+        case.machine.cachec(&case.project.root, &["flush"])?;
+        Ok(build)
+    };
+    assert!(!clippy()?.stderr.contains("too many arguments"));
+    let units = case.machine.statistics(&case.project.root)?["stored"].as_u64();
+    assert_eq!(units, Some(1));
+    assert!(!clippy()?.stderr.contains("too many arguments"));
+    assert_eq!(case.machine.statistics(&case.project.root)?["local_hits"].as_u64(), Some(1));
+    case.project.write("clippy.toml", "too-many-arguments-threshold = 2\n")?;
+    assert!(clippy()?.stderr.contains("too many arguments"));
+    Ok(())
+}
+
+#[test]
+fn an_output_edited_in_place_is_not_restored_elsewhere() -> Result<()> {
+    let case = Case::new("fn main() { println!(\"{}\", inner::get()); }\n", &["inner"])?;
+    case.project.package("inner", &[])?;
+    case.project.write("inner/src/lib.rs", "pub fn get() -> &'static str { \"unchanged\" }\n")?;
+    case.build()?;
+    // Restored, and so perhaps a link into the tier.
+    case.build()?;
+    let deps = case.project.root.join("target/debug/deps");
+    let library = fs::read_dir(&deps)?
+        .flatten()
+        .map(|entry| entry.path())
+        .find(|path| path.extension().is_some_and(|extension| extension == "rlib"))
+        .context("no library")?;
+    let mut content = fs::read(&library)?;
+    let modified = fs::metadata(&library)?.modified()?;
+    content.iter_mut().skip(200).for_each(|byte| *byte = 0);
+    fs::write(&library, content)?;
+    fs::File::options().append(true).open(&library)?.set_modified(modified)?;
+    fs::write(case.project.root.join("app/src/main.rs"), "fn main() { println!(\"{}!\", inner::get()); }\n")?;
+    let build = case.build()?;
+    assert!(build.success, "{}", build.stderr);
+    assert_eq!(case.project.run_app()?, "unchanged!");
+    Ok(())
+}
+
+#[test]
+fn tests_checks_and_lints_say_the_same_cold_and_warm() -> Result<()> {
+    let mut case = Case::new("fn main() { let unused = inner::get(); }\n", &["inner"])?;
+    case.project.package("inner", &[])?;
+    case.project.write(
+        "inner/src/lib.rs",
+        "pub fn get() -> u8 { let x = 1; return 2; }\n#[cfg(test)]\nmod tests {\n    #[test]\n    \
+         fn passes() { assert_eq!(super::get(), 2); }\n}\n",
+    )?;
+    let (mut misses, mut hits) = (0, 0);
+    // With the units that miss first, and that hit then; building finds the library of the tests.
+    let commands: [(&[&str], u64, u64); 4] = [
+        (&["test"], 3, 3),
+        (&["check"], 2, 2),
+        (&["clippy"], 2, 2),
+        (&["build", "--message-format=json"], 1, 3),
+    ];
+    for (command, new_misses, new_hits) in commands {
+        let run = |case: &Case| -> Result<Build> {
+            case.project.wipe()?;
+            let build = case.machine.cargo(&case.project.root, command)?;
+            assert!(build.success, "{command:?}: {}", build.stderr);
+            let _ = case.machine.cachec(&case.project.root, &["flush"]);
+            Ok(build)
+        };
+        let cold = run(&case)?;
+        let warm = run(&case)?;
+        assert!(warm.compiled.is_empty(), "{command:?}: {:?}", warm.compiled);
+        let statistics = case.machine.statistics(&case.project.root)?;
+        misses += new_misses;
+        hits += new_hits;
+        assert_eq!(
+            (statistics["misses"].as_u64(), statistics["local_hits"].as_u64()),
+            (Some(misses), Some(hits))
+        );
+        case.machine.set("CACHEC_MODE", "off");
+        let plain = run(&case)?;
+        case.machine.set("CACHEC_MODE", "read-write");
+        let text = |build: &Build| {
+            let lines = [&build.diagnostics(), &build.stdout]
+                .map(|text| text.lines().map(str::to_owned).collect::<Vec<_>>());
+            let timeless = |line: &String| !line.contains("finished in");
+            let mut lines: Vec<String> = lines.concat().into_iter().filter(timeless).collect();
+            // Units run side by side, in any order.
+            lines.sort_unstable();
+            lines
+        };
+        assert_eq!(text(&cold), text(&plain), "{command:?}, cold");
+        assert_eq!(text(&warm), text(&plain), "{command:?}, warm");
+    }
+    Ok(())
+}
