@@ -27,14 +27,14 @@ use crate::tokens::Tokens;
 pub const MESSAGE_MEMORY_MIB: u32 = 256;
 
 /// How long a request waits for its turn before it is told to come back.
-const QUEUE_WAIT: Duration = Duration::from_secs(5);
+const QUEUE_WAIT: Duration = Duration::from_secs(10);
 
 /// What bounds the work of one server.
 #[derive(Debug, Clone)]
 pub struct Limits {
     /// Uploads at a time. Each takes up to about 33 MiB of memory and one blocking thread.
     pub uploads: usize,
-    /// Requests at a time.
+    /// Requests at a time. One that waits for its turn may have filled an HTTP/2 window of 512 KiB.
     pub requests: usize,
     /// Longest silence within a body, and the head start that a slow body has.
     pub body_idle: Duration,
@@ -46,7 +46,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             uploads: 16,
-            requests: 1024,
+            requests: 512,
             body_idle: Duration::from_secs(30),
             body_bytes_per_second: 8 << 10,
         }

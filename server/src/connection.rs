@@ -37,12 +37,14 @@ use crate::metrics::Metrics;
 /// Most connections at a time; more wait to be accepted.
 const MAX_CONNECTIONS: usize = 4096;
 
-/// HTTP/2 receive windows: what may be on the way up a line of 20 ms at 1 Gbit/s, and memory that an upload
-/// may take beside its own.
-const STREAM_WINDOW_BYTES: u32 = 1 << 20;
-const CONNECTION_WINDOW_BYTES: u32 = 4 << 20;
+/// HTTP/2 receive window of one upload: 25 MB/s over a line of 20 ms.
+const STREAM_WINDOW_BYTES: u32 = 512 << 10;
+const MAX_STREAMS: u32 = 64;
 
-const MAX_STREAMS: u32 = 256;
+/// All streams' windows together. Were it less, uploads that wait for their turn could fill it, and those whose
+/// turn it is would wait for them.
+const CONNECTION_WINDOW_BYTES: u32 = MAX_STREAMS * STREAM_WINDOW_BYTES;
+
 const MAX_HEADER_BYTES: u32 = 16 << 10;
 
 /// HTTP/1 read buffer, and so the longest header.

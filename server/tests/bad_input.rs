@@ -215,7 +215,9 @@ async fn silent_connections_are_dropped() {
     for silent in
         [&b""[..], b"PRI * HT", b"GET /healthz HTTP/1.1\r\nHost: ", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"]
     {
+        let started = std::time::Instant::now();
         raw(&server, silent.to_vec(), false).await;
+        assert!(started.elapsed() < Duration::from_secs(5), "{silent:?} holds its connection");
     }
     assert_eq!(server.client.get(server.url("/healthz")).send().await.unwrap().status(), 200);
 }

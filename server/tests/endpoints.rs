@@ -17,7 +17,7 @@ use cachec_protocol::message::{
     BlobList, LookupRequest, LookupResponse, MAX_MANIFEST_RESULTS, PROTOCOL_HEADER, PROTOCOL_VERSION,
 };
 use cachec_protocol::{ActionKey, Digest, decode, encode};
-use harness::{Blob, TestServer, result};
+use harness::{Blob, MIB, TestServer, result};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_blob_comes_back_as_it_was_put() {
@@ -214,6 +214,21 @@ async fn http2_without_tls_works() {
     }
     let response = client.get(server.blob_url(&blob.digest)).send().await.unwrap();
     assert_eq!(response.bytes().await.unwrap(), blob.frames);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn uploads_that_wait_for_their_turn_do_not_hold_up_the_others() {
+    let server = TestServer::start_with(512 * MIB, |options| options.limits.uploads = 2).await;
+    let client = reqwest::Client::builder().http2_prior_knowledge().build().unwrap();
+    let uploads: Vec<_> = (0..60)
+        .map(|seed| {
+            let blob = Blob::noise(seed, 1_500_000);
+            tokio::spawn(client.put(server.blob_url(&blob.digest)).body(blob.frames).send())
+        })
+        .collect();
+    for upload in uploads {
+        assert_eq!(upload.await.unwrap().unwrap().status(), 201);
+    }
 }
 
 /// Reads one response of known length from a keep-alive connection.

@@ -211,6 +211,37 @@ async fn concurrent_uploads_of_one_blob_store_it_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn concurrent_publications_of_one_result_take_one_reference() {
+    let server = Arc::new(TestServer::start_with(16 * MIB, |_| {}).await);
+    for round in 0..20u8 {
+        let pack = Blob::noise(u64::from(round), 20_000);
+        server.put(&pack).await;
+        let published = result(round, 0, Some(pack.digest));
+        let publications: Vec<_> = (0..8)
+            .map(|_| {
+                let (server, published) = (Arc::clone(&server), published.clone());
+                tokio::spawn(async move { server.publish(&published).await })
+            })
+            .collect();
+        let mut created = 0;
+        for publication in publications {
+            created += u16::from(publication.await.unwrap() == 201);
+        }
+        assert_eq!(created, 1);
+        assert_eq!(server.lookup(round).await, [published]);
+    }
+    assert_eq!(server.stats().await.results, 20);
+    // A reference too many would keep the packs for ever.
+    for seed in 100..140 {
+        assert_eq!(server.put(&Blob::noise(seed, 1_000_000)).await, 201);
+    }
+    assert_eq!(server.stats().await.results, 0);
+    for round in 0..20 {
+        assert!(!server.get_quietly(&Blob::noise(round, 20_000).digest));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_download_in_flight_survives_the_eviction_of_its_blob() {
     let server = TestServer::start_with(64 * MIB, |_| {}).await;
     let blob = Blob::noise(1, 24 << 20);
