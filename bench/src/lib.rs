@@ -6,6 +6,7 @@
 
 pub mod crates;
 pub mod demo;
+pub mod differential;
 pub mod line;
 pub mod machine;
 pub mod programs;

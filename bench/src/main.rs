@@ -17,10 +17,19 @@ enum Command {
         #[arg(long)]
         plain: bool,
     },
+    /// Compares restored builds of real programs with plain ones, byte for byte
+    Differential {
+        /// Programs as name@version; a list of thirteen where none is named
+        programs: Vec<String>,
+        /// Cargo's command: build or check
+        #[arg(long, default_value = "build")]
+        command: String,
+    },
 }
 
 fn main() -> anyhow::Result<()> {
     match Cli::parse().command {
         Command::Demo { plain } => cachec_bench::demo::run(plain),
+        Command::Differential { programs, command } => cachec_bench::differential::run(&programs, &command),
     }
 }

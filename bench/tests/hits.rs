@@ -285,7 +285,8 @@ fn a_failed_compile_is_not_stored_and_fails_alike() -> Result<()> {
         let build = bench.machine.cargo(&bench.project.root, &["build"])?;
         assert!(!build.success);
         assert!(build.stderr.contains("mismatched types"), "{}", build.stderr);
-        assert_eq!(build.compiled, ["leaf"]);
+        // Once under remapped paths, and once as cargo asked.
+        assert_eq!(build.compiled, ["leaf", "leaf"]);
     }
     assert_eq!(bench.counter("stored")?, 0);
     Ok(())
@@ -315,5 +316,136 @@ fn a_result_that_contains_a_path_is_bound_to_it() -> Result<()> {
     bench.rebuild()?;
     let length = bench.project.root.join("leaf").as_os_str().len();
     assert_eq!(bench.project.run_app()?, format!("app middle {length}"));
+    Ok(())
+}
+
+#[test]
+fn a_length_made_of_a_path_is_bound_even_beside_an_inclusion() -> Result<()> {
+    let mut bench = with_local_tier()?;
+    bench.machine = bench.machine.with("CARGO_PROFILE_DEV_OPT_LEVEL", "3");
+    bench.project.write("leaf/d.txt", "d")?;
+    bench.project.write(
+        "leaf/src/lib.rs",
+        "const D: &str = include_str!(concat!(env!(\"CARGO_MANIFEST_DIR\"), \"/d.txt\"));\n\
+         pub fn text() -> String { length().to_string() + D }\n\
+         #[inline(never)] fn length() -> usize { env!(\"CARGO_MANIFEST_DIR\").len() }\n",
+    )?;
+    bench.build(&[])?;
+    let elsewhere = tempfile::tempdir()?;
+    bench.project = bench.project.copy_to(&elsewhere.path().join("longer/than/before"))?;
+    bench.rebuild()?;
+    let length = bench.project.root.join("leaf").as_os_str().len();
+    assert_eq!(bench.project.run_app()?, format!("app middle {length}d"));
+    Ok(())
+}
+
+#[test]
+fn an_inclusion_below_a_path_variable_stays_portable() -> Result<()> {
+    let mut bench = with_local_tier()?;
+    bench.project.write("leaf/d.txt", "d")?;
+    bench.project.write(
+        "leaf/src/lib.rs",
+        "pub fn text() -> &'static str { include_str!(concat!(env!(\"CARGO_MANIFEST_DIR\"), \"/d.txt\")) }\n",
+    )?;
+    bench.build(&[])?;
+    assert_eq!(bench.counter("bound")?, 0);
+    let elsewhere = tempfile::tempdir()?;
+    bench.project = bench.project.copy_to(&elsewhere.path().join("moved"))?;
+    assert_eq!(bench.rebuild()?.compiled, NOTHING);
+    Ok(())
+}
+
+/// A workspace whose program uses a package outside of it, so that cargo names its sources absolutely.
+fn with_outside_package(source: &str) -> Result<(Bench, tempfile::TempDir)> {
+    let bench = with_local_tier()?;
+    let outside = tempfile::tempdir()?;
+    let package = Project { root: outside.path().to_owned() };
+    package.package("far", &[])?;
+    package.write("far/src/lib.rs", source)?;
+    package.write("far/src/lib.rs.txt", "far")?;
+    let manifest = fs::read_to_string(bench.project.root.join("app/Cargo.toml"))?;
+    let dependency = format!("far = {{ path = \"{}\" }}\n", outside.path().join("far").display());
+    bench.project.write("app/Cargo.toml", &(manifest + &dependency))?;
+    bench.project.write("app/src/main.rs", "fn main() { println!(\"{}\", far::text()); }\n")?;
+    Ok((bench, outside))
+}
+
+#[test]
+fn a_source_that_includes_beside_its_own_file_compiles() -> Result<()> {
+    let source = "pub fn text() -> &'static str { include_str!(concat!(file!(), \".txt\")) }\n";
+    let (bench, _outside) = with_outside_package(source)?;
+    bench.build(&[])?;
+    assert_eq!(bench.project.run_app()?, "far");
+    let not_stored = bench.machine.statistics(&bench.project.root)?["not_stored"].clone();
+    assert_eq!(not_stored["needs-real-paths"].as_u64(), Some(1), "{not_stored}");
+    Ok(())
+}
+
+#[test]
+fn diagnostics_name_real_paths_with_and_without_colour() -> Result<()> {
+    for colour in ["never", "always"] {
+        for source in ["pub fn text() -> u8 { let x = 1; 2 }\n", "pub fn text() -> u8 { \"\" }\n"] {
+            let (mut bench, outside) = with_outside_package(source)?;
+            bench.machine = bench.machine.with("CARGO_TERM_COLOR", colour);
+            let cold = bench.machine.cargo(&bench.project.root, &["build"])?;
+            bench.project.wipe()?;
+            bench.machine.cachec(&bench.project.root, &["flush"])?;
+            let warm = bench.machine.cargo(&bench.project.root, &["build"])?;
+            bench.project.wipe()?;
+            bench.machine.set("CACHEC_MODE", "off");
+            let plain = bench.machine.cargo(&bench.project.root, &["build"])?;
+            assert!(plain.stderr.contains(&*outside.path().to_string_lossy()), "{}", plain.stderr);
+            let about_far = |build: &Build| -> Vec<String> {
+                let lines = build.stderr.lines().skip_while(|line| {
+                    !line.contains("unused variable: `x`") && !line.contains("mismatched")
+                });
+                lines.take(5).map(str::to_owned).collect()
+            };
+            assert_eq!(about_far(&cold), about_far(&plain), "{colour}, cold");
+            assert_eq!(about_far(&warm), about_far(&plain), "{colour}, warm");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn restored_files_have_the_modes_of_this_build() -> Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    let bench = with_local_tier()?;
+    bench.build(&[])?;
+    for (umask, library, program) in [("077", 0o600, 0o700), ("002", 0o664, 0o775), ("022", 0o644, 0o755)] {
+        bench.project.wipe()?;
+        let cargo = cachec_bench::programs::cargo();
+        let status = bench
+            .machine
+            .command(std::path::Path::new("sh"))
+            .args(["-c", &format!("umask {umask} && exec \"$0\" build --quiet")])
+            .arg(cargo)
+            .current_dir(&bench.project.root)
+            .stderr(std::process::Stdio::null())
+            .status()?;
+        assert!(status.success());
+        for entry in fs::read_dir(bench.project.root.join("target/debug/deps"))? {
+            let entry = entry?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let expected = if name.contains('.') { library } else { program };
+            assert_eq!(entry.metadata()?.permissions().mode() & 0o777, expected, "{umask} {name}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_compiler_that_is_killed_is_reported_as_killed() -> Result<()> {
+    let bench = with_local_tier()?;
+    let script = bench.machine.path("bin/rustc");
+    let text = fs::read_to_string(&script)?;
+    for (signal, name) in [("SEGV", "signal: 11"), ("KILL", "signal: 9"), ("PIPE", "signal: 13")] {
+        let die = format!("case \" $* \" in *\" --crate-name leaf \"*) kill -{signal} $$;; esac\nexec ");
+        fs::write(&script, text.replace("exec ", &die))?;
+        bench.project.wipe()?;
+        let build = bench.machine.cargo(&bench.project.root, &["build"])?;
+        assert!(!build.success && build.stderr.contains(name), "{signal}: {}", build.stderr);
+    }
     Ok(())
 }

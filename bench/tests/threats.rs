@@ -279,6 +279,54 @@ fn a_changed_proc_macro() -> Result<()> {
 }
 
 #[test]
+fn native_code_of_a_proc_macro_behind_a_facade() -> Result<()> {
+    let case = Case::new("fn main() { println!(\"{}\", user::get()); }\n", &["user"])?
+        .with_macro("unsafe extern \"C\" { fn answer() -> i32; } unsafe { answer() }.to_string()")?;
+    archive_answer(&case.outside("native"), 41)?;
+    let script = format!(
+        "fn main() {{ println!(\"cargo:rustc-link-search=native={}\"); println!(\"cargo:rustc-link-lib=static=answer\"); }}\n",
+        case.outside("native").display()
+    );
+    case.project.write("maker/build.rs", &script)?;
+    case.project.package("facade", &["maker"])?;
+    case.project.write("facade/src/lib.rs", "pub use maker::made;\n")?;
+    case.project.package("user", &["facade"])?;
+    case.project.write("user/src/lib.rs", "pub fn get() -> &'static str { facade::made!() }\n")?;
+    case.build()?;
+    assert_eq!(case.project.run_app()?, "41");
+    assert!(case.build()?.compiled.is_empty());
+    archive_answer(&case.outside("native"), 42)?;
+    case.build()?;
+    assert_eq!(case.project.run_app()?, "42");
+    Ok(())
+}
+
+#[test]
+fn a_directory_exchanged_during_the_compile() -> Result<()> {
+    let app = "const fn slow() -> u64 { let (mut i, mut x) = (0, 0); while i < 6_000_000 { x ^= i; i += 1; } x }\n\
+        #[allow(long_running_const_eval)]\nconst X: u64 = slow();\n\
+        fn main() { println!(\"{} {}\", include_str!(\"../data/x.txt\"), X % 2); }\n";
+    let case = Case::new(app, &[])?;
+    case.project.write("app/a/x.txt", "aaa")?;
+    case.project.write("app/b/x.txt", "bbb")?;
+    let exchange = |target: &str| -> Result<()> {
+        let link = case.project.root.join("app/data");
+        let _ = fs::remove_file(&link);
+        Ok(std::os::unix::fs::symlink(target, link)?)
+    };
+    exchange("a")?;
+    std::thread::scope(|scope| -> Result<()> {
+        let build = scope.spawn(|| case.build());
+        std::thread::sleep(std::time::Duration::from_millis(900));
+        exchange("b")?;
+        build.join().map_err(|_| anyhow::anyhow!("the build panicked"))?.map(drop)
+    })?;
+    case.build()?;
+    assert!(case.project.run_app()?.starts_with("bbb"), "{}", case.project.run_app()?);
+    Ok(())
+}
+
+#[test]
 fn what_cannot_be_observed_is_not_stored() -> Result<()> {
     let bodies = [
         ("let _ = std::net::UdpSocket::bind(\"127.0.0.1:0\"); String::new()", "network"),

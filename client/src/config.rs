@@ -254,6 +254,9 @@ impl RawConfig {
                 .map_err(|_| invalid("CACHEC_DIR_SIZE", text, "use a size such as 10GiB"))?,
         };
         let directory = check_directory(self.dir, surroundings)?;
+        if let Some(path) = self.runtime_dir.as_ref().filter(|path| !path.is_absolute()) {
+            return Err(invalid("CACHEC_RUNTIME_DIR", &path.to_string_lossy(), "use an absolute path"));
+        }
         let url = self.url.as_deref().map(check_url).transpose()?;
         if url.is_none() && directory.is_none() && mode != Mode::Off {
             return Err(ConfigError::NothingToUse);
@@ -385,6 +388,7 @@ mod tests {
             ("CACHEC_MODE", "readonly"),
             ("CACHEC_DIR_SIZE", "much"),
             ("CACHEC_DIR", "relative"),
+            ("CACHEC_RUNTIME_DIR", "relative"),
             ("CACHEC_NAMESPACE", "../other"),
             ("CACHEC_PATHS", "short"),
         ] {

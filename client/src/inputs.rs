@@ -19,9 +19,6 @@ use crate::memo::Memo;
 use crate::tracer::{Access, Seen, Trace};
 use crate::unit::Unit;
 
-/// Most files of a native search directory; one with more is a system's, not a build's.
-const MAX_NATIVE_FILES: usize = 256;
-
 /// Why a run's result is not stored.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum NotStorable {
@@ -29,8 +26,6 @@ pub(crate) enum NotStorable {
     UnreadableInput,
     #[error("input-changed")]
     InputChanged,
-    #[error("large-search-path")]
-    LargeSearchPath,
     #[error("unnormalisable-path")]
     UnnormalisablePath,
     #[error("missing-output")]
@@ -66,7 +61,7 @@ pub(crate) fn from_trace(
     let mut inputs = Vec::new();
     for access in trace.inputs.iter().filter(|access| !is_left_out(unit, access)) {
         inputs.push(match access.seen {
-            Seen::File => gatherer.file(&access.path)?,
+            Seen::File => gatherer.seen_file(access)?,
             Seen::Absent => gatherer.input(InputKind::Absent, &access.path, None)?,
             Seen::Directory => gatherer.input(InputKind::Directory, &access.path, None)?,
             Seen::Link => gatherer.input(InputKind::Link, &access.path, access.digest)?,
@@ -126,8 +121,8 @@ pub(crate) fn gather(
             inputs.push(gatherer.file(path)?);
         }
     }
-    for directory in unit.invocation.native_directories() {
-        gatherer.native_directory(directory, &mut inputs)?;
+    for directory in unit.invocation.searched_directories() {
+        gatherer.loadable_files(directory, &mut inputs)?;
     }
     for (name, value) in &dep_info.variables {
         gatherer.variable(name, value.as_deref(), dep_info, &mut inputs)?;
@@ -166,28 +161,35 @@ impl Gatherer<'_> {
         Ok(())
     }
 
-    fn native_directory(&self, directory: &[u8], inputs: &mut Vec<Input>) -> Result<(), NotStorable> {
+    /// The proc macros in a search directory: the compiler loads those of its dependencies' dependencies,
+    /// and nobody says which. Their native code is not in any crate's hash.
+    fn loadable_files(&self, directory: &[u8], inputs: &mut Vec<Input>) -> Result<(), NotStorable> {
         let path = self.unit.working_directory.join(OsStr::from_bytes(directory));
-        if !path.is_dir() {
-            inputs.push(self.input(InputKind::Absent, directory, None)?);
-            return Ok(());
-        }
-        let names = sorted_names(&path)?;
-        if names.len() > MAX_NATIVE_FILES {
-            return Err(NotStorable::LargeSearchPath);
-        }
-        inputs.push(self.input(InputKind::Listing, directory, Some(listing_digest(&names)))?);
-        for name in names {
-            let file = path.join(&name);
-            if file.is_file() {
-                inputs.push(self.file(file.as_os_str().as_bytes())?);
-            }
+        for name in sorted_names(&path)?.iter().filter(|name| name.as_bytes().ends_with(b".so")) {
+            inputs.push(self.file(path.join(name).as_os_str().as_bytes())?);
         }
         Ok(())
     }
 
-    /// A variable that was read. Where its value names a root, and no file that was included from there
-    /// explains the reading, the output may depend on the path itself: the result is bound to the root.
+    /// A file that the tracer has seen: it must still be the one that was there then. Somebody may have
+    /// exchanged a directory or a link on the way to it.
+    fn seen_file(&self, access: &Access) -> Result<Input, NotStorable> {
+        let (digest, identity) = self
+            .memo
+            .digest(Path::new(OsStr::from_bytes(&access.path)))
+            .map_err(|_| NotStorable::UnreadableInput)?;
+        let seen = access.identity.ok_or(NotStorable::UnreadableInput)?;
+        // A new link to the file changes its ctime alone, but so does whoever sets the old mtime again.
+        let unchanged =
+            identity == seen || (identity.same_content_times(&seen) && identity.ctime_ns <= self.started_ns);
+        if !unchanged {
+            return Err(NotStorable::InputChanged);
+        }
+        self.input(InputKind::File, &access.path, Some(digest))
+    }
+
+    /// A variable that was read. Where its value names a root, the output may depend on the path itself:
+    /// the result is bound to the root, unless the sources use the variable for including files alone.
     fn variable(
         &self,
         name: &[u8],
@@ -198,24 +200,35 @@ impl Gatherer<'_> {
         let digest = variable_digest(self.unit, value).ok_or(NotStorable::UnnormalisablePath)?;
         inputs.push(Input { kind: InputKind::Environment, name: name.to_vec(), digest });
         let value = value.unwrap_or_default();
-        if !self.is_explained_by_inclusion(value, dep_info) {
+        if !self.is_for_inclusion_alone(name, dep_info) {
             let roots = self.unit.roots.found_in(&[value, b"/"].concat());
             inputs.extend(roots.into_iter().filter_map(|root| root_input(self.unit, root)));
         }
         Ok(())
     }
 
-    fn is_explained_by_inclusion(&self, value: &[u8], dep_info: &DepInfo) -> bool {
-        let sources =
-            Path::new(OsStr::from_bytes(self.unit.invocation.source())).parent().unwrap_or(Path::new(""));
-        let directory = Path::new(OsStr::from_bytes(value));
-        dep_info
-            .files
-            .iter()
-            .map(|file| Path::new(OsStr::from_bytes(file)))
-            .any(|file| directory.is_absolute() && file.starts_with(directory) && !file.starts_with(sources))
+    /// Whether every mention of a variable in the crate's sources is in an `include!` of its kind.
+    fn is_for_inclusion_alone(&self, name: &[u8], dep_info: &DepInfo) -> bool {
+        let quoted = [b"\"", name, b"\""].concat();
+        let mut mentions = 0;
+        for file in dep_info.files.iter().filter(|file| file.ends_with(b".rs")) {
+            let path = self.unit.working_directory.join(OsStr::from_bytes(file));
+            let Ok(mut text) = fs::read(path) else { return false };
+            text.retain(|byte| !byte.is_ascii_whitespace());
+            for at in memchr::memmem::find_iter(&text, &quoted) {
+                mentions += 1;
+                if !INCLUSIONS.iter().any(|inclusion| text[..at].ends_with(inclusion)) {
+                    return false;
+                }
+            }
+        }
+        mentions > 0
     }
 }
+
+/// What stands before a variable's name where it is used for including a file, without spaces.
+const INCLUSIONS: [&[u8]; 3] =
+    [b"include!(concat!(env!(", b"include_str!(concat!(env!(", b"include_bytes!(concat!(env!("];
 
 /// The other place of a module, `a/mod.rs` for `a.rs`: if a file appears there, the module is ambiguous.
 fn other_module_file(file: &[u8]) -> Option<Vec<u8>> {

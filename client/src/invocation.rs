@@ -85,10 +85,10 @@ impl Invocation {
         let unusual = self.arguments.iter().any(|argument| {
             let value = argument.value.as_deref().unwrap_or_default();
             match argument.flag.as_str() {
-                "--test" | "--sysroot" | "-C save-temps" => true,
+                "--test" | "--sysroot" | "--library" | "-C save-temps" | "-C llvm-args" => true,
                 "-C split-debuginfo" => value != b"off",
                 "--extern" => !value.contains(&b'=') && !is_sysroot_crate(value),
-                "--search-path" => split_kind(value).0 == "crate",
+                "--search-path" => split_kind(value).0 != "dependency",
                 flag => flag.starts_with("-Z"),
             }
         });
@@ -156,19 +156,6 @@ impl Invocation {
             .map(split_kind)
             .filter(|(kind, _)| *kind != "native")
             .map(|(_, path)| path)
-    }
-
-    /// The crate's root file.
-    pub(crate) fn source(&self) -> &[u8] {
-        self.values("").nth(self.tool_words).unwrap_or_default()
-    }
-
-    /// Directories in which the compiler may look for native libraries.
-    pub(crate) fn native_directories(&self) -> impl Iterator<Item = &[u8]> {
-        self.values("--search-path").filter_map(|value| match split_kind(value) {
-            ("dependency", _) => None,
-            (_, path) => Some(path),
-        })
     }
 
     /// Whether code is generated for the very CPU that the compiler runs on.
@@ -243,8 +230,7 @@ mod tests {
 
     const LINE: &str = "--crate-name demo --edition=2024 src/lib.rs --crate-type lib \
         --emit=dep-info,metadata,link -C extra-filename=-1f --out-dir /w/target/release/deps \
-        --extern memchr=/w/target/release/deps/libmemchr-1.rmeta -L dependency=/w/target/release/deps \
-        -L native=/w/target/release/build/z/out";
+        --extern memchr=/w/target/release/deps/libmemchr-1.rmeta -L dependency=/w/target/release/deps";
 
     fn parse(line: &str) -> Result<Invocation, Refusal> {
         let words: Vec<Vec<u8>> = line.split_whitespace().map(Into::into).collect();
@@ -256,7 +242,7 @@ mod tests {
         let unit = parse(LINE).unwrap();
         assert_eq!(unit.required_outputs(), ["demo-1f.d", "libdemo-1f.rmeta", "libdemo-1f.rlib"]);
         assert_eq!(unit.extern_files().collect::<Vec<_>>(), [b"/w/target/release/deps/libmemchr-1.rmeta"]);
-        assert_eq!(unit.native_directories().collect::<Vec<_>>(), [b"/w/target/release/build/z/out"]);
+        assert_eq!(unit.searched_directories().collect::<Vec<_>>(), [b"/w/target/release/deps"]);
         assert_eq!(unit.target_directory(), Some(Path::new("/w/target")));
     }
 
@@ -285,13 +271,19 @@ mod tests {
     fn without_a_tracer_only_plain_libraries_are_left() {
         assert!(!parse(LINE).unwrap().needs_trace());
         assert!(!parse(&format!("{LINE} --extern proc_macro -C split-debuginfo=off")).unwrap().needs_trace());
-        for change in
-            ["--test", "--crate-type bin", "--emit asm", "-Zno-codegen", "--extern other", "--sysroot /x"]
-        {
+        for change in [
+            "--test",
+            "--crate-type bin",
+            "--emit asm",
+            "-Zno-codegen",
+            "--extern other",
+            "--sysroot /x",
+            "-L /x",
+        ] {
             assert!(parse(&format!("{LINE} {change}")).unwrap().needs_trace(), "{change}");
         }
         let clippy = parse(&format!("/usr/bin/rustc {LINE}")).unwrap();
-        assert!(clippy.needs_trace() && clippy.source() == b"src/lib.rs");
+        assert!(clippy.needs_trace() && clippy.tool_words == 1);
     }
 
     #[test]

@@ -54,6 +54,9 @@ pub(crate) struct UnitRequest {
     #[n(3)]
     #[cbor(with = "minicbor::bytes")]
     pub(crate) working_directory: Vec<u8>,
+    /// The wrapper's file mode creation mask.
+    #[n(4)]
+    pub(crate) umask: u32,
 }
 
 /// The end of a compiler run.
@@ -69,6 +72,9 @@ pub(crate) struct Finished {
     /// Complete standard error; `None` where it was not recorded.
     #[n(2)]
     pub(crate) stderr: Option<ByteVec>,
+    /// Whether it failed with remapped paths, and succeeded without.
+    #[n(6)]
+    pub(crate) needs_real_paths: bool,
     /// What the run was seen to do; `None` where it could not be traced.
     #[n(5)]
     pub(crate) trace: Option<Trace>,

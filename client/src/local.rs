@@ -17,6 +17,7 @@ use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
@@ -113,7 +114,9 @@ impl LocalTier {
     /// # Errors
     /// Those of creating a file.
     pub(crate) fn stage(&self) -> io::Result<tempfile::NamedTempFile> {
-        tempfile::Builder::new().permissions(permissions(false)).tempfile_in(self.root.join("staging"))
+        tempfile::Builder::new()
+            .permissions(PermissionsExt::from_mode(0o666))
+            .tempfile_in(self.root.join("staging"))
     }
 
     /// Names a staged file, whose content the caller has hashed while writing it.
@@ -234,11 +237,6 @@ fn read_result(path: &Path) -> Option<StoredResult> {
 
 fn create_parent(path: &Path) -> io::Result<()> {
     path.parent().map_or(Ok(()), fs::create_dir_all)
-}
-
-/// Outputs have the mode that a compiler gives them, less the umask.
-pub(crate) fn permissions(executable: bool) -> fs::Permissions {
-    std::os::unix::fs::PermissionsExt::from_mode(if executable { 0o777 } else { 0o666 })
 }
 
 #[cfg(test)]

@@ -14,6 +14,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use cachec_protocol::Digest;
+use minicbor::{Decode, Encode};
 
 /// Longer than the coarsest tick of the clock that file systems take their times from.
 const CLOCK_TICK_NS: i64 = 20_000_000;
@@ -22,12 +23,18 @@ const CLOCK_TICK_NS: i64 = 20_000_000;
 const MAX_ENTRIES: usize = 500_000;
 
 /// What tells that a file's content is the same as before, short of reading it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
 pub(crate) struct Identity {
+    #[n(0)]
     device: u64,
+    #[n(1)]
     inode: u64,
+    #[n(2)]
     pub(crate) size_bytes: u64,
+    #[n(3)]
     mtime_ns: i64,
+    #[n(4)]
     pub(crate) ctime_ns: i64,
 }
 

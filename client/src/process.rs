@@ -29,6 +29,13 @@ pub(crate) fn end_with_parent(command: &mut Command) {
     unsafe { command.pre_exec(end) };
 }
 
+/// This process's file mode creation mask.
+pub(crate) fn umask() -> u32 {
+    let present = rustix::process::umask(rustix::fs::Mode::empty());
+    rustix::process::umask(present);
+    present.as_raw_mode()
+}
+
 /// Becomes the compiler: nothing of cachec is left.
 pub(crate) fn become_compiler(compiler: &OsStr, arguments: &[OsString]) -> ExitCode {
     let error = Command::new(compiler).args(arguments).exec();
@@ -38,9 +45,15 @@ pub(crate) fn become_compiler(compiler: &OsStr, arguments: &[OsString]) -> ExitC
 
 /// The compiler's exit code; where a signal ended it, ends by the same signal.
 pub(crate) fn end_like(status: ExitStatus) -> ExitCode {
-    if let Some(signal) = status.signal().and_then(Signal::from_named_raw) {
-        let _ = rustix::process::kill_process(rustix::process::getpid(), signal);
-        std::thread::sleep(std::time::Duration::from_millis(100));
+    if let Some(signal) = status.signal() {
+        // SAFETY: system calls on no memory but a local limit. Rust's runtime handles or ignores some
+        // signals; the default action ends this process. A core dump would be the compiler's a second time.
+        unsafe {
+            let no_core = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+            libc::setrlimit(libc::RLIMIT_CORE, &raw const no_core);
+            libc::signal(signal, libc::SIG_DFL);
+            libc::raise(signal);
+        }
     }
     let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or_default());
     ExitCode::from(u8::try_from(code).unwrap_or(1))

@@ -29,6 +29,8 @@ const MAX_DEPTH: usize = 5;
 pub(crate) struct Toolchain {
     pub(crate) identity: Digest,
     pub(crate) sysroot: PathBuf,
+    /// Whether the compiler is a script, which may read anything.
+    pub(crate) is_script: bool,
 }
 
 /// Everything that decides which compiler a name means.
@@ -126,7 +128,7 @@ impl Toolchains {
         let sysroot = query.sysroot(&executable)?;
         let witnesses = self::witnesses(&executable, &sysroot);
         let identity = identity_of(&executable, &sysroot, memo)?;
-        let toolchain = Arc::new(Toolchain { identity, sysroot });
+        let toolchain = Arc::new(Toolchain { identity, sysroot, is_script: is_script(&executable)? });
         self.lock().insert(query.clone(), (witnesses, Arc::clone(&toolchain)));
         Ok(toolchain)
     }
@@ -136,13 +138,13 @@ impl Toolchains {
     }
 }
 
-/// Files and directories whose identity changes when a toolchain is replaced or a component installed.
+/// Files and directories whose identity changes when a toolchain is replaced or a component installed; of
+/// one that is not rustup's, all that its identity is made of.
 fn witnesses(executable: &Path, sysroot: &Path) -> Vec<Identity> {
-    [executable.to_owned(), sysroot.join("lib"), sysroot.join("lib/rustlib"), sysroot.join(CHANNEL_MANIFEST)]
-        .iter()
-        .filter_map(|path| fs::metadata(path).ok())
-        .map(|metadata| Identity::of(&metadata))
-        .collect()
+    let parts = ["lib", "lib/rustlib", CHANNEL_MANIFEST].map(|part| sysroot.join(part));
+    let libraries = if parts[2].is_file() { Vec::new() } else { library_files(sysroot).unwrap_or_default() };
+    let paths = [executable.to_owned()].into_iter().chain(parts).chain(libraries);
+    paths.filter_map(|path| fs::metadata(path).ok()).map(|metadata| Identity::of(&metadata)).collect()
 }
 
 fn identity_of(executable: &Path, sysroot: &Path, memo: &Memo) -> io::Result<Digest> {
@@ -164,6 +166,13 @@ fn identity_of(executable: &Path, sysroot: &Path, memo: &Memo) -> io::Result<Dig
         }
     }
     Ok(fields.digest(IDENTITY_CONTEXT).into())
+}
+
+fn is_script(executable: &Path) -> io::Result<bool> {
+    use std::io::Read;
+    let mut start = Vec::new();
+    fs::File::open(executable)?.take(2).read_to_end(&mut start)?;
+    Ok(start == b"#!")
 }
 
 fn push_content(fields: &mut Fields, path: &Path, memo: &Memo) -> io::Result<()> {

@@ -28,6 +28,12 @@ pub(crate) struct Unit {
     /// The toolchain's directory, by every name it is known under.
     pub(crate) sysroots: Vec<PathBuf>,
     pub(crate) target_directory: Option<PathBuf>,
+    /// Whether only an observed run can be stored.
+    pub(crate) needs_trace: bool,
+    /// Whether the user asked for this package: then its outputs are looked at, and edited, by people.
+    pub(crate) is_primary: bool,
+    /// The file mode creation mask of the build.
+    pub(crate) umask: u32,
     pub(crate) action_key: ActionKey,
     pub(crate) action_fields: Fields,
 }
@@ -83,6 +89,9 @@ impl Unit {
         let action_key = action::action_key(&action_fields);
         let real_sysroot = fs::canonicalize(&toolchain.sysroot).ok();
         Ok(Self {
+            needs_trace: toolchain.is_script || invocation.needs_trace(),
+            is_primary: variable(&environment, "CARGO_PRIMARY_PACKAGE").is_some(),
+            umask: request.umask,
             sysroots: real_sysroot.into_iter().chain([toolchain.sysroot.clone()]).collect(),
             target_directory: invocation.target_directory().map(|path| working_directory.join(path)),
             invocation,

@@ -116,6 +116,7 @@ impl Unit<'_> {
             working_directory: std::env::current_dir()
                 .map(|path| path.into_os_string().into_vec())
                 .unwrap_or_default(),
+            umask: process::umask(),
         }
     }
 
@@ -125,17 +126,23 @@ impl Unit<'_> {
         let started = Instant::now();
         let arguments: Vec<Vec<u8>> = run.arguments.iter().map(|word| word.to_vec()).collect();
         let mut command = self.command(arguments.iter().map(|word| OsStr::from_bytes(word)));
-        let recorded = run.record.is_some();
-        let Recorded { status, stdout, stderr, trace } = if recorded || arguments != self.words {
+        let recorded = if run.record.is_some() || arguments != self.words {
             streams::run_recorded(&mut command, &arguments, run.record.clone())?
         } else {
-            Recorded { status: command.status()?, stdout: None, stderr: None, trace: None }
+            Recorded::unrecorded(command.status()?)
+        };
+        let status = if recorded.failed_unheard {
+            // Perhaps the remapped paths are to blame; what cargo asked for decides, and is what it hears.
+            self.command(self.arguments.iter().map(OsString::as_os_str)).status()?
+        } else {
+            recorded.status
         };
         let finished = Finished {
             succeeded: status.success(),
-            stdout: stdout.filter(|_| recorded).map(Into::into),
-            stderr: stderr.filter(|_| recorded).map(Into::into),
-            trace,
+            needs_real_paths: recorded.failed_unheard && status.success(),
+            stdout: recorded.stdout.filter(|_| run.record.is_some()).map(Into::into),
+            stderr: recorded.stderr.filter(|_| run.record.is_some()).map(Into::into),
+            trace: recorded.trace,
             started_ns,
             compile_ms: u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
         };

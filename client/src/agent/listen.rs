@@ -28,7 +28,7 @@ pub(crate) fn run(listener: StdListener, config: Config, socket: &Path) -> anyho
     listener.set_nonblocking(true).context("the listening socket")?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let name = socket.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-    let agent = Arc::new(Agent::new(config, &name));
+    let agent = Arc::new(Agent::new(config, &name, socket.with_extension("json")));
     runtime.block_on(serve(&agent, listener, socket))?;
     Ok(())
 }
@@ -63,6 +63,7 @@ async fn serve(agent: &Arc<Agent>, listener: StdListener, socket: &Path) -> io::
     let mut active = agent.active.subscribe();
     let _ = active.wait_for(|count| *count == 0).await;
     agent.drain(super::DRAIN_TIMEOUT).await;
+    agent.leave_report();
     Ok(())
 }
 

@@ -21,6 +21,7 @@ mod statistics;
 pub(crate) use listen::run;
 
 use std::collections::BTreeSet;
+use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -57,10 +58,12 @@ pub(crate) struct Agent {
     packing: Semaphore,
     /// Lines for the user that no wrapper has printed yet, and those that were printed.
     notices: Mutex<(Vec<String>, BTreeSet<String>)>,
+    /// Where the statistics stay when the agent has ended.
+    last_report: PathBuf,
 }
 
 impl Agent {
-    fn new(config: Config, name: &str) -> Self {
+    fn new(config: Config, name: &str, last_report: PathBuf) -> Self {
         let mut notices = Vec::new();
         let local = config.directory.as_ref().and_then(|directory| {
             LocalTier::open(directory, config.directory_bytes)
@@ -81,6 +84,7 @@ impl Agent {
             pending: watch::Sender::new(0),
             packing: Semaphore::new(PACKING_TASKS),
             notices: Mutex::default(),
+            last_report,
             config,
         };
         notices.into_iter().for_each(|notice| agent.notify(notice));
@@ -121,6 +125,12 @@ impl Agent {
     async fn drain(&self, limit: Duration) -> bool {
         let mut pending = self.pending.subscribe();
         tokio::time::timeout(limit, pending.wait_for(|count| *count == 0)).await.is_ok()
+    }
+
+    /// Leaves the statistics for `cachec stats` after the agent's end.
+    fn leave_report(&self) {
+        // Without it, `cachec stats` says that there is no agent.
+        let _ = std::fs::write(&self.last_report, self.report());
     }
 
     /// The JSON that `cachec stats` shows.

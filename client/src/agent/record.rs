@@ -24,6 +24,7 @@ use crate::inputs::{self, NotStorable};
 use crate::ipc::Finished;
 use crate::local::LocalTier;
 use crate::memo::{Identity, Memo};
+use crate::streams::ARTIFACT_NOTIFICATION;
 use crate::tracer::Trace;
 use crate::unit::Unit;
 
@@ -59,7 +60,7 @@ pub(crate) fn open_outputs(unit: &Unit, trace: Option<&Trace>) -> Result<OpenOut
     let required = unit.invocation.required_outputs();
     let names = match trace {
         Some(trace) => observed_outputs(unit, trace)?,
-        None if unit.invocation.needs_trace() => return Err(NotStorable::Untraced),
+        None if unit.needs_trace => return Err(NotStorable::Untraced),
         None => required.clone(),
     };
     if names.is_empty() || required.iter().any(|name| !names.contains(name)) {
@@ -147,8 +148,8 @@ pub(crate) fn record(
 
 /// Whether standard error has more than the notifications of finished files.
 fn has_diagnostics(stderr: &[u8]) -> bool {
-    let notification = b"{\"$message_type\":\"artifact\"";
-    stderr.split(|byte| *byte == b'\n').any(|line| !line.is_empty() && !line.starts_with(notification))
+    let mut lines = stderr.split(|byte| *byte == b'\n');
+    lines.any(|line| !line.is_empty() && !line.starts_with(ARTIFACT_NOTIFICATION))
 }
 
 struct Packed {

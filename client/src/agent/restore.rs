@@ -1,14 +1,15 @@
 //! Staging a result's outputs beside their destinations.
 //!
 //! Every byte is checked against its digest before the wrapper hears of a hit. Files that nobody edits in
-//! place (an `.rlib`, which rustc replaces by a rename) may be hard links into the local tier; as their
-//! mtime is that of the first restore, this needs a fresh `.rmeta` beside them, since cargo looks at the
-//! newest output of a unit.
+//! place (the `.rlib` of a dependency, which rustc replaces by a rename) may be hard links into the local
+//! tier; as their mtime is that of the first restore, this needs a fresh `.rmeta` beside them, since cargo
+//! looks at the newest output of a unit. What the user asked for is never a link.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use cachec_protocol::pack::Decompressor;
@@ -16,7 +17,7 @@ use cachec_protocol::{Digest, Output, OutputKind, StoredResult};
 use tempfile::{NamedTempFile, TempPath};
 
 use crate::ipc::{Hit, Rename};
-use crate::local::{LocalTier, permissions};
+use crate::local::LocalTier;
 use crate::memo::{Identity, Memo};
 use crate::unit::Unit;
 
@@ -153,11 +154,15 @@ impl<'a> Stager<'a> {
         tempfile::Builder::new()
             .prefix(".cachec-")
             .suffix(&format!("-{}", output.name))
-            .permissions(permissions(output.executable))
+            .permissions(self.permissions(output))
             .tempfile_in(&self.directory)
     }
 
     fn staged(&self, output: &Output, path: TempPath, digest: Digest) -> io::Result<Staged> {
+        // The agent's own mask may be narrower than the build's.
+        if fs::metadata(&path)?.mode() & 0o777 != self.permissions(output).mode() {
+            fs::set_permissions(&path, self.permissions(output))?;
+        }
         let identity = Identity::of(&fs::metadata(&path)?);
         Ok(Staged { path, destination: self.directory.join(&output.name), identity, digest })
     }
@@ -176,7 +181,7 @@ impl<'a> Stager<'a> {
     fn place(&self, output: &Output, object: &Path) -> io::Result<Staged> {
         let mut staged = self.new_file(output)?;
         let cloned = rustix::fs::ioctl_ficlone(staged.as_file(), File::open(object)?).is_ok();
-        if !cloned && self.may_link(output) {
+        if !cloned && self.may_link(output, object) {
             let path = staged.into_temp_path();
             fs::remove_file(&path)?;
             if fs::hard_link(object, &path).is_ok() {
@@ -191,9 +196,20 @@ impl<'a> Stager<'a> {
         self.staged(output, staged.into_temp_path(), output.digest)
     }
 
-    fn may_link(&self, output: &Output) -> bool {
+    /// Whether nobody will edit the output, look at its mtime or miss its mode.
+    fn may_link(&self, output: &Output, object: &Path) -> bool {
+        let has_fresh_companion = self.result.outputs.iter().any(|other| other.name.ends_with(".rmeta"));
+        let has_mode = |metadata: fs::Metadata| metadata.mode() & 0o777 == self.permissions(output).mode();
         output.name.ends_with(".rlib")
-            && self.result.outputs.iter().any(|other| other.name.ends_with(".rmeta"))
+            && has_fresh_companion
+            && !self.unit.is_primary
+            && fs::metadata(object).is_ok_and(has_mode)
+    }
+
+    /// The mode that a compiler gives its outputs.
+    fn permissions(&self, output: &Output) -> fs::Permissions {
+        let mode = if output.executable { 0o777 } else { 0o666 };
+        fs::Permissions::from_mode(mode & !self.unit.umask)
     }
 
     fn expand(&self, stored: &[u8]) -> io::Result<Vec<u8>> {

@@ -36,6 +36,9 @@ async fn serve_control(agent: &Agent, connection: &mut Connection, control: Cont
     if control != Control::Statistics {
         connection.while_working(agent.drain(DRAIN_TIMEOUT)).await?;
     }
+    if control == Control::Stop {
+        agent.leave_report();
+    }
     connection.send(&Response::Report(agent.report())).await
 }
 
@@ -141,6 +144,10 @@ async fn run(
 }
 
 async fn keep(agent: &Arc<Agent>, unit: Arc<Unit>, gate: Option<OwnedMutexGuard<()>>, finished: Finished) {
+    if finished.needs_real_paths {
+        publish::count_not_stored(agent, "needs-real-paths");
+        return;
+    }
     if finished.stdout.is_none() || finished.stderr.is_none() {
         publish::count_not_stored(agent, "large-streams");
         return;

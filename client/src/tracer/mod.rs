@@ -25,6 +25,8 @@ use minicbor::{Decode, Encode};
 
 use cachec_protocol::Digest;
 
+use crate::memo::Identity;
+
 /// Directories that mean something special to the command.
 #[derive(Debug, Clone, Default, Encode, Decode)]
 #[cbor(map)]
@@ -72,6 +74,9 @@ pub(crate) struct Access {
     /// Of a link's text, or of a directory's names.
     #[n(2)]
     pub(crate) digest: Option<Digest>,
+    /// Of a file.
+    #[n(3)]
+    pub(crate) identity: Option<Identity>,
 }
 
 /// What a run was seen to do.

@@ -14,6 +14,7 @@ use std::path::{Component, Path, PathBuf};
 use cachec_protocol::Digest;
 
 use crate::inputs::is_absence;
+use crate::memo::Identity;
 
 use super::{Access, Places, Seen, Trace};
 
@@ -37,6 +38,8 @@ enum Found {
 #[derive(Debug)]
 struct Entry {
     found: Found,
+    /// Of a file.
+    identity: Option<Identity>,
     /// Opened for reading, listed or executed, rather than only looked at.
     read: bool,
     /// Made, replaced or removed by the run.
@@ -203,7 +206,9 @@ impl Observation {
         for (path, entry) in &self.entries {
             match entry.found {
                 _ if entry.own => {}
-                Found::Known(seen) => inputs.push(Access { seen, path: bytes(path), digest: None }),
+                Found::Known(seen) => {
+                    inputs.push(Access { seen, path: bytes(path), digest: None, identity: entry.identity });
+                }
                 Found::Special if entry.read => drop(obstacle.get_or_insert("special-file")),
                 Found::Special => {}
                 Found::Unreadable => drop(obstacle.get_or_insert("unreadable-path")),
@@ -213,7 +218,7 @@ impl Observation {
         for (seen, (path, digest)) in
             digested.into_iter().flat_map(|(seen, map)| map.iter().map(move |pair| (seen, pair)))
         {
-            inputs.push(Access { seen, path: bytes(path), digest: Some(*digest) });
+            inputs.push(Access { seen, path: bytes(path), digest: Some(*digest), identity: None });
         }
         let left = |path: &&PathBuf| fs::symlink_metadata(path).is_ok_and(|metadata| !metadata.is_dir());
         let outputs = self.own.iter().filter(left).map(|path| bytes(path).into()).collect();
@@ -229,14 +234,18 @@ impl Observation {
             entry.read |= read;
             return;
         }
+        let mut identity = None;
         let found = match fs::metadata(path) {
             Ok(metadata) if metadata.is_dir() => Found::Known(Seen::Directory),
-            Ok(metadata) if metadata.is_file() => Found::Known(Seen::File),
+            Ok(metadata) if metadata.is_file() => {
+                identity = Some(Identity::of(&metadata));
+                Found::Known(Seen::File)
+            }
             Ok(_) => Found::Special,
             Err(error) if is_absence(&error) => Found::Known(Seen::Absent),
             Err(_) => Found::Unreadable,
         };
-        self.entries.insert(path.to_owned(), Entry { found, read, own: false });
+        self.entries.insert(path.to_owned(), Entry { found, identity, read, own: false });
     }
 
     /// Notes a symbolic link's own text; says whether there is one.
@@ -280,7 +289,10 @@ impl Observation {
         }
         self.own.insert(path.to_owned());
         let found = Found::Known(Seen::Absent);
-        self.entries.entry(path.to_owned()).or_insert(Entry { found, read: false, own: true }).own = true;
+        self.entries
+            .entry(path.to_owned())
+            .or_insert(Entry { found, identity: None, read: false, own: true })
+            .own = true;
     }
 
     /// Whether a path, or a directory above it, was made by the run.

@@ -1,0 +1,139 @@
+//! Real programs built twice without cachec and once from its cache: where the two plain builds agree byte
+//! for byte, the restored one must agree too.
+//!
+//! Paths are exact here (`CACHEC_PATHS=exact`), so that even debug information is compared with plain
+//! cargo's. All builds use the same target path.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use anyhow::Context;
+use comfy_table::{Table, presets};
+
+use crate::tier::files_below;
+use crate::{Build, Machine, crates};
+
+/// Programs of different nature: C dependencies, many proc macros, large graphs.
+const PROGRAMS: &[&str] = &[
+    "ripgrep@15.2.0",
+    "fd-find@10.5.0",
+    "hyperfine@1.20.0",
+    "bat@0.26.1",
+    "eza@0.23.5",
+    "tokei@15.0.0",
+    "just@1.59.0",
+    "zoxide@0.10.0",
+    "sd@1.0.0",
+    "hexyl@0.17.0",
+    "du-dust@1.2.7",
+    "xsv@0.13.0",
+    "typos-cli@1.52.0",
+];
+
+/// Runs the comparison for some programs (`name@version`), or a list of thirteen.
+///
+/// # Errors
+/// Where a build fails, or a restored file differs.
+pub fn run(programs: &[String], command: &str) -> anyhow::Result<()> {
+    let default: Vec<String> = PROGRAMS.iter().map(|&name| name.to_owned()).collect();
+    let programs = if programs.is_empty() { &default } else { programs };
+    let mut table = Table::new();
+    table.load_preset(presets::ASCII_MARKDOWN);
+    table.set_header([
+        "program",
+        "plain s",
+        "cold s",
+        "warm s",
+        "units",
+        "hits",
+        "bound",
+        "not stored",
+        "files",
+        "plain differ",
+        "warm differ",
+    ]);
+    let mut failures = Vec::new();
+    for program in programs {
+        eprintln!("==> {program}");
+        match compare(program, command) {
+            Ok((row, differing)) => {
+                table.add_row(row);
+                failures.extend(differing.into_iter().map(|file| format!("{program}: {file}")));
+            }
+            Err(error) => failures.push(format!("{program}: {error:#}")),
+        }
+        println!("{table}");
+    }
+    anyhow::ensure!(failures.is_empty(), "restored builds differ from plain ones:\n{}", failures.join("\n"));
+    Ok(())
+}
+
+fn compare(program: &str, command: &str) -> anyhow::Result<(Vec<String>, Vec<String>)> {
+    let (name, version) = program.split_once('@').context("a program is named as name@version")?;
+    let directory = tempfile::Builder::new().prefix("differential-").tempdir()?;
+    let sources = directory.path().join(name);
+    crates::unpack(name, version, &sources)?;
+    let cargo_home = crates::cargo_home()?;
+    let machine =
+        Machine::new()?.with("CARGO_HOME", cargo_home.to_string_lossy()).with("CACHEC_PATHS", "exact");
+    let target = sources.join("target");
+    let build = |variables: &[(&str, &str)]| -> anyhow::Result<(Build, BTreeMap<String, String>)> {
+        let build = machine.cargo_shown(&sources, &[command, "--quiet", "--locked"], variables)?;
+        anyhow::ensure!(build.success, "the build failed");
+        let files = digests(&target)?;
+        Ok((build, files))
+    };
+    let wipe = || fs::remove_dir_all(&target).context("the target directory");
+    let (first, plain) = build(&[("RUSTC_WRAPPER", "")])?;
+    wipe()?;
+    let (_, again) = build(&[("RUSTC_WRAPPER", "")])?;
+    wipe()?;
+    let (cold, _) = build(&[])?;
+    machine.cachec(&sources, &["stop"])?;
+    let stored = machine.statistics(&sources)?;
+    wipe()?;
+    let (warm, restored) = build(&[])?;
+    let statistics = machine.statistics(&sources)?;
+    let (fresh, _) = build(&[])?;
+    anyhow::ensure!(fresh.compiled.is_empty(), "compiled after a restored build: {:?}", fresh.compiled);
+    let agreeing: Vec<&String> = plain
+        .iter()
+        .filter(|(file, digest)| again.get(*file) == Some(*digest))
+        .map(|(file, _)| file)
+        .collect();
+    let differing: Vec<String> = agreeing
+        .iter()
+        .filter(|file| restored.get(**file) != plain.get(**file))
+        .map(|file| (*file).clone())
+        .collect();
+    let number = |name: &str| statistics[name].as_u64().unwrap_or_default();
+    let row = vec![
+        program.to_owned(),
+        format!("{:.1}", first.elapsed.as_secs_f64()),
+        format!("{:.1}", cold.elapsed.as_secs_f64()),
+        format!("{:.1}", warm.elapsed.as_secs_f64()),
+        number("units").to_string(),
+        number("local_hits").to_string(),
+        stored["bound"].to_string(),
+        stored["not_stored"].to_string(),
+        plain.len().to_string(),
+        (plain.len() - agreeing.len()).to_string(),
+        differing.len().to_string(),
+    ];
+    Ok((row, differing))
+}
+
+/// Digests of the compiled files below a target directory: libraries and programs, not what cargo notes.
+fn digests(target: &Path) -> anyhow::Result<BTreeMap<String, String>> {
+    let mut digests = BTreeMap::new();
+    for file in files_below(target)? {
+        let name = file.strip_prefix(target)?.to_string_lossy().into_owned();
+        let compiled = name.contains("/deps/") || name.contains("/build/");
+        // What build scripts write is theirs: they run each time.
+        if compiled && !name.contains("/out/") && !name.ends_with("output") && !name.ends_with("stderr") {
+            digests.insert(name, cachec_protocol::Digest::of(&fs::read(&file)?).to_string());
+        }
+    }
+    Ok(digests)
+}
