@@ -62,7 +62,7 @@ fn url(program: &Program, digest: &Digest) -> String {
 
 /// Uploads until the server is gone. Returns what was acknowledged.
 async fn upload_until_killed(program_url: String, first_seed: u64) -> Vec<Blob> {
-    let client = reqwest::Client::new();
+    let client = harness::http_client();
     let mut acknowledged = Vec::new();
     for seed in first_seed..first_seed + 500 {
         let blob = Blob::noise(seed, [2_000, 40_000, 600_000][(seed % 3) as usize]);
@@ -83,7 +83,7 @@ async fn upload_until_killed(program_url: String, first_seed: u64) -> Vec<Blob> 
 async fn a_killed_server_comes_back_with_whole_blobs_only() {
     let data = tempfile::tempdir().unwrap();
     let arguments = ["--max-size", "24MiB"];
-    let client = reqwest::Client::new();
+    let client = harness::http_client();
     let mut served = 0;
     for kill in 0..20_u64 {
         let mut program = Program::start(data.path(), &arguments);
@@ -281,7 +281,7 @@ async fn a_full_disk_refuses_writes_serves_reads_and_recovers() {
     };
     let data = disk.0.path().join("data");
     let program = Program::start(&data, &["--max-size", "64MiB"]);
-    let client = reqwest::Client::new();
+    let client = harness::http_client();
     let mut kept = vec![Blob::noise(1, 1_000), Blob::noise(2, 3_000_000)];
     kept.extend((1000..2000).map(|seed| Blob::noise(seed, 100)));
     for blob in &kept {

@@ -204,7 +204,7 @@ async fn probes_and_metrics_answer() {
 #[tokio::test(flavor = "multi_thread")]
 async fn http2_without_tls_works() {
     let server = TestServer::start().await;
-    let client = reqwest::Client::builder().http2_prior_knowledge().build().unwrap();
+    let client = harness::http_client_builder().http2_prior_knowledge().build().unwrap();
     let blob = Blob::noise(1, 3_000_000);
     for expected in [201, 200] {
         let put = client.put(server.blob_url(&blob.digest)).body(blob.frames.clone());
@@ -219,7 +219,7 @@ async fn http2_without_tls_works() {
 #[tokio::test(flavor = "multi_thread")]
 async fn uploads_that_wait_for_their_turn_do_not_hold_up_the_others() {
     let server = TestServer::start_with(512 * MIB, |options| options.limits.uploads = 2).await;
-    let client = reqwest::Client::builder().http2_prior_knowledge().build().unwrap();
+    let client = harness::http_client_builder().http2_prior_knowledge().build().unwrap();
     let uploads: Vec<_> = (0..60)
         .map(|seed| {
             let blob = Blob::noise(seed, 1_500_000);

@@ -30,7 +30,7 @@ fn create(data: &Path, namespace: &str, allow: &str, more: &[&str]) -> String {
 
 /// Status and code of a request for a blob; an empty code where it succeeded.
 async fn ask(url: &str, namespace: &str, token: Option<&str>, blob: Option<&Blob>) -> (u16, String) {
-    let client = reqwest::Client::new();
+    let client = harness::http_client();
     let digest = blob.map_or(Digest::of(b"absent"), |blob| blob.digest);
     let url = format!("{url}/v1/{namespace}/blobs/{digest}");
     let request = match blob {

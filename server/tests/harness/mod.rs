@@ -104,14 +104,14 @@ impl TestServer {
         let mut options = options(data.path(), max_size_bytes);
         change(&mut options);
         let running = RunningServer::start(options.clone()).await.unwrap();
-        Self { data, options, running, client: reqwest::Client::new() }
+        Self { data, options, running, client: http_client() }
     }
 
     /// Stops the server and starts another one on the same data.
     pub(crate) async fn restart(self) -> Self {
         self.running.stop().await.unwrap();
         let running = RunningServer::start(self.options.clone()).await.unwrap();
-        Self { running, client: reqwest::Client::new(), ..self }
+        Self { running, client: http_client(), ..self }
     }
 
     pub(crate) fn url(&self, path: &str) -> String {
@@ -181,6 +181,18 @@ impl TestServer {
 /// What the entries of a store of this size may take.
 pub(crate) fn entry_limit(max_size_bytes: u64) -> u64 {
     max_size_bytes - working_bytes(max_size_bytes)
+}
+
+/// A client for plain HTTP. Built in one workspace with the cachec client, it needs a TLS provider all the same.
+pub(crate) fn http_client() -> reqwest::Client {
+    http_client_builder().build().unwrap()
+}
+
+/// As [`http_client`], with more to set.
+pub(crate) fn http_client_builder() -> reqwest::ClientBuilder {
+    // Fails where another test of this process has done it.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    reqwest::Client::builder()
 }
 
 /// Status and code of an error response.
