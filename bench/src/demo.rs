@@ -43,12 +43,10 @@ pub fn run(plain: bool) -> anyhow::Result<()> {
         machine.cachec(&sources, &["flush"])?;
         if name == "first build" {
             // A new machine would have no agent, and the agent nothing in its memory.
-            print_agent_memory(&machine);
             machine.cachec(&sources, &["stop"])?;
         }
     }
     println!("{}", table(&rows));
-    print_agent_memory(&machine);
     println!("peak memory of the server: {}", ByteSize::b(server.peak_memory_bytes()?));
     let latency = machine.statistics(&sources)?["hit_latency"].clone();
     let ms = |name: &str| latency[name].as_f64().unwrap_or_default() / 1000.0;
@@ -88,12 +86,21 @@ struct Row {
     hits: Option<(u64, u64)>,
     received: u64,
     sent: u64,
+    agent_bytes: u64,
 }
 
 impl Row {
     fn of(name: &'static str, build: &Build) -> Self {
         let seconds = build.elapsed.as_secs_f64();
-        Self { name, seconds, compilers: build.compiled.len(), hits: None, received: 0, sent: 0 }
+        Self {
+            name,
+            seconds,
+            compilers: build.compiled.len(),
+            hits: None,
+            received: 0,
+            sent: 0,
+            agent_bytes: 0,
+        }
     }
 
     fn add_statistics(&mut self, machine: &Machine, sources: &Path) -> anyhow::Result<()> {
@@ -101,6 +108,8 @@ impl Row {
         let number = |name: &str| statistics[name].as_u64().unwrap_or_default();
         let hits = number("local_hits") + number("remote_hits");
         self.hits = Some((hits, hits + number("misses")));
+        let memory = machine.agents().into_iter().filter_map(|id| peak_memory_bytes(id).ok());
+        self.agent_bytes = memory.max().unwrap_or_default();
         self.received = statistics["remote"]["received_bytes"].as_u64().unwrap_or_default();
         self.sent = statistics["remote"]["sent_bytes"].as_u64().unwrap_or_default();
         Ok(())
@@ -110,7 +119,16 @@ impl Row {
 fn table(rows: &[Row]) -> Table {
     let mut table = Table::new();
     table.load_preset(presets::ASCII_MARKDOWN);
-    table.set_header(["", "seconds", "ratio", "compilers run", "hits", "received", "sent"]);
+    table.set_header([
+        "",
+        "seconds",
+        "ratio",
+        "compilers run",
+        "hits",
+        "received",
+        "sent",
+        "agent's peak memory",
+    ]);
     let first = rows.first().map_or(1.0, |row| row.seconds);
     for row in rows {
         table.add_row([
@@ -121,15 +139,10 @@ fn table(rows: &[Row]) -> Table {
             row.hits.map_or_else(|| "-".to_owned(), |(hits, units)| format!("{hits} of {units}")),
             ByteSize::b(row.received).to_string(),
             ByteSize::b(row.sent).to_string(),
+            ByteSize::b(row.agent_bytes).to_string(),
         ]);
     }
     table
-}
-
-fn print_agent_memory(machine: &Machine) {
-    for memory in machine.agents().into_iter().filter_map(|id| peak_memory_bytes(id).ok()) {
-        println!("peak memory of the agent: {}", ByteSize::b(memory));
-    }
 }
 
 fn say(text: &str) {

@@ -11,6 +11,7 @@ pub mod line;
 pub mod machine;
 pub mod programs;
 pub mod project;
+pub mod sandbox;
 pub mod server;
 pub mod tier;
 

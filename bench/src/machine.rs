@@ -113,9 +113,7 @@ impl Machine {
 
     /// A `rustc` that notes each unit it is started for, and is otherwise the real one.
     fn install_noting_compiler(&self) -> anyhow::Result<()> {
-        let output = Command::new("rustc").args(["--print", "sysroot"]).output().context("rustc")?;
-        let sysroot = String::from_utf8(output.stdout)?;
-        let compiler = Path::new(sysroot.trim()).join("bin/rustc");
+        let compiler = real_compiler()?;
         // The same text on every machine: it is part of the compiler's identity.
         let text = format!(
             "#!/bin/sh\nprevious=\nfor word in \"$@\"; do\n  \
@@ -269,6 +267,15 @@ impl Drop for Machine {
     fn drop(&mut self) {
         self.signal_agents("KILL");
     }
+}
+
+/// The compiler itself, behind rustup's proxy.
+///
+/// # Errors
+/// Where there is none.
+pub fn real_compiler() -> anyhow::Result<PathBuf> {
+    let output = Command::new("rustc").args(["--print", "sysroot"]).output().context("rustc")?;
+    Ok(Path::new(String::from_utf8(output.stdout)?.trim()).join("bin/rustc"))
 }
 
 /// Highest resident set of a process so far, in bytes.

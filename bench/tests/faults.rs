@@ -278,3 +278,45 @@ fn corrupt_blobs_on_the_server() -> Result<()> {
     assert!(build.notices().len() <= 1, "{:?}", build.notices());
     Ok(())
 }
+
+#[test]
+fn where_no_tracer_may_run_libraries_are_cached_all_the_same() -> Result<()> {
+    let machine = Machine::new()?;
+    let directory = tempfile::tempdir()?;
+    let project = Project::three_crates(&directory.path().join("checkout"))?;
+    let build = |machine: &Machine| -> Result<serde_json::Value> {
+        project.wipe()?;
+        let mut command = machine.command(&cachec_bench::programs::cargo());
+        command.args(["build", "--quiet"]).current_dir(&project.root).stderr(std::process::Stdio::null());
+        cachec_bench::sandbox::forbid_seccomp(&mut command);
+        assert!(command.status()?.success());
+        machine.cachec(&project.root, &["flush"])?;
+        assert_eq!(project.run_app()?, "app middle one unset");
+        machine.statistics(&project.root)
+    };
+    // The compiler is a script in these tests: what it reads is not known without a tracer.
+    let script = build(&machine)?;
+    assert_eq!(script["not_stored"]["untraced"].as_u64(), Some(3), "{script}");
+    let machine = machine.with("RUSTC", cachec_bench::machine::real_compiler()?.to_string_lossy());
+    let cold = build(&machine)?;
+    assert_eq!(
+        (cold["stored"].as_u64(), cold["not_stored"]["untraced"].as_u64()),
+        (Some(2), Some(4)),
+        "{cold}"
+    );
+    let warm = build(&machine)?;
+    assert_eq!((warm["local_hits"].as_u64(), warm["traced"].as_u64()), (Some(2), Some(0)), "{warm}");
+    Ok(())
+}
+
+#[test]
+fn the_doctor_says_what_is_wrong() -> Result<()> {
+    let machine = Machine::new()?;
+    let text = machine.cachec(&machine.path("home"), &["doctor"])?;
+    assert_eq!(text.matches("ok  ").count(), 4, "{text}");
+    let machine = machine.with("CACHEC_URL", "http://127.0.0.1:1");
+    let output = machine.command(&cachec_bench::programs::programs().client).arg("doctor").output()?;
+    let text = String::from_utf8(output.stdout)?;
+    assert!(!output.status.success() && text.contains("FAIL  server: Connection refused"), "{text}");
+    Ok(())
+}

@@ -11,11 +11,12 @@ use clap::{Parser, Subcommand};
 
 use crate::config::{Config, Surroundings};
 use crate::connect::{Address, CONFIG_VARIABLE, SOCKET_VARIABLE};
+use crate::doctor;
 use crate::ipc::{self, Control, Request, Response};
 use crate::report;
 
 /// The first words that are commands; anything else is a compiler.
-const COMMANDS: [&str; 6] = ["agent", "flush", "help", "serve-leftover", "stats", "stop"];
+const COMMANDS: [&str; 7] = ["agent", "doctor", "flush", "help", "serve-leftover", "stats", "stop"];
 
 /// A compile cache: set RUSTC_WRAPPER=cachec and build.
 #[derive(Debug, Parser)]
@@ -33,6 +34,8 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Tries everything that a build needs of cachec, and says what is wrong
+    Doctor,
     /// Waits until every result is stored
     Flush,
     /// Waits until every result is stored, and ends the agent
@@ -54,6 +57,7 @@ pub(crate) fn is_command(word: &std::ffi::OsStr) -> bool {
 pub(crate) fn run() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Stats { json } => stats(json),
+        Command::Doctor => return if doctor::run() { ExitCode::SUCCESS } else { ExitCode::FAILURE },
         Command::Flush => ask_running(Control::Flush).map(drop),
         Command::Stop => stop(),
         Command::Agent => agent(),

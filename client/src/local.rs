@@ -4,6 +4,7 @@
 //! DIRECTORY/v1/results/<2 hex>/<action key>/<result key>   a PublishRequest; its mtime is its last use
 //! DIRECTORY/v1/objects/<2 hex>/<digest>                    an output's stored bytes, uncompressed
 //! DIRECTORY/v1/staging/                                    files being written
+//! DIRECTORY/v1/memo                                        the digest memo (see `memo`)
 //! ```
 //!
 //! Invariants:
@@ -38,7 +39,7 @@ const STALE_STAGING: Duration = Duration::from_secs(3600);
 pub(crate) struct LocalTier {
     root: PathBuf,
     limit_bytes: u64,
-    /// Bytes stored, as far as known; counted when the tier is opened and again by every eviction.
+    /// Bytes stored, as far as known; counted by [`Self::take_stock`] and again by every eviction.
     stored_bytes: AtomicU64,
 }
 
@@ -54,12 +55,22 @@ impl LocalTier {
         }
         // Fails now rather than at the first store where the directory is not writable.
         tempfile::tempfile_in(root.join("staging"))?;
-        let tier = Self { root, limit_bytes, stored_bytes: AtomicU64::new(0) };
-        tier.stored_bytes.store(tier.walk("objects").map(|entry| entry.size_bytes).sum(), Ordering::Relaxed);
-        for entry in tier.walk("staging").filter(|entry| entry.age() > STALE_STAGING) {
+        Ok(Self { root, limit_bytes, stored_bytes: AtomicU64::new(0) })
+    }
+
+    /// Counts what is stored and removes what was left half-written. Takes a while; to be called once, beside
+    /// the first lookups.
+    pub(crate) fn take_stock(&self) {
+        self.stored_bytes
+            .fetch_add(self.walk("objects").map(|entry| entry.size_bytes).sum(), Ordering::Relaxed);
+        for entry in self.walk("staging").filter(|entry| entry.age() > STALE_STAGING) {
             let _ = fs::remove_file(entry.path);
         }
-        Ok(tier)
+    }
+
+    /// The file that the digest memo is kept in.
+    pub(crate) fn memo_file(&self) -> PathBuf {
+        self.root.join("memo")
     }
 
     /// Bytes of all objects, as far as known.
@@ -279,6 +290,7 @@ mod tests {
         let result = store(&tier, &memo, 1, b"content");
         let reopened = LocalTier::open(directory.path(), 1 << 20).unwrap();
         assert_eq!(reopened.manifest(&result.action_key), std::slice::from_ref(&result));
+        reopened.take_stock();
         assert_eq!(reopened.stored_bytes(), 7);
         let object = reopened.object(&result.outputs[0].digest, &Memo::default()).unwrap();
         assert_eq!(fs::read(object).unwrap(), b"content");

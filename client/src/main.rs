@@ -13,6 +13,7 @@ mod cli;
 mod config;
 mod connect;
 mod dep_info;
+mod doctor;
 mod inputs;
 mod invocation;
 mod ipc;

@@ -1,15 +1,17 @@
 //! The digest memo: file identity → digest, so that an unchanged file is read once.
 //!
 //! Identity is device, inode, size, mtime and ctime. A file that changed within the last clock tick is
-//! hashed but not remembered: another change in the same tick would not show.
+//! hashed but not remembered: another change in the same tick would not show. Where there is a local tier
+//! the memo outlives the agent in a file there.
 //!
 //! Locks: one mutex, never held while a file is read.
 
 use std::collections::HashMap;
-use std::fs::{File, Metadata};
-use std::io;
+use std::fs::{self, File, Metadata};
+use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -59,10 +61,32 @@ impl Identity {
     }
 }
 
+/// More are not kept in a file; which ones is left to chance.
+const MAX_KEPT_ENTRIES: usize = 200_000;
+const MAX_FILE_BYTES: u64 = 64 << 20;
+
 /// See the module.
 #[derive(Debug, Default)]
 pub(crate) struct Memo {
     entries: Mutex<HashMap<(u64, u64), (Identity, Digest)>>,
+    changed: AtomicBool,
+}
+
+/// The memo as kept in a file.
+#[derive(Debug, Encode, Decode)]
+#[cbor(map)]
+struct Kept {
+    #[n(0)]
+    entries: Vec<KeptEntry>,
+}
+
+#[derive(Debug, Encode, Decode)]
+#[cbor(map)]
+struct KeptEntry {
+    #[n(0)]
+    identity: Identity,
+    #[n(1)]
+    digest: Digest,
 }
 
 impl Memo {
@@ -97,6 +121,40 @@ impl Memo {
         Ok((digest, identity))
     }
 
+    /// Adds what an earlier agent has kept in a file. A file that is not right is as none.
+    pub(crate) fn load(&self, path: &Path) {
+        if !fs::metadata(path).is_ok_and(|metadata| metadata.len() <= MAX_FILE_BYTES) {
+            return;
+        }
+        let kept = fs::read(path).ok().and_then(|bytes| minicbor::decode::<Kept>(&bytes).ok());
+        for KeptEntry { identity, digest } in kept.into_iter().flat_map(|kept| kept.entries) {
+            self.remember(identity, digest);
+        }
+        self.changed.store(false, Ordering::Relaxed);
+    }
+
+    /// Keeps the memo in a file, if it has changed since it was last kept or loaded.
+    ///
+    /// # Errors
+    /// Those of writing; the next agent hashes again.
+    pub(crate) fn save(&self, path: &Path) -> io::Result<()> {
+        if !self.changed.swap(false, Ordering::Relaxed) {
+            return Ok(());
+        }
+        let entries: Vec<KeptEntry> = {
+            let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+            entries
+                .values()
+                .take(MAX_KEPT_ENTRIES)
+                .map(|(identity, digest)| KeptEntry { identity: *identity, digest: *digest })
+                .collect()
+        };
+        let mut staged = tempfile::NamedTempFile::new_in(path.parent().unwrap_or(Path::new(".")))?;
+        staged.write_all(&cachec_protocol::encode(&Kept { entries }))?;
+        staged.persist(path)?;
+        Ok(())
+    }
+
     /// The digest of a file of exactly this identity, if known.
     fn recall(&self, identity: &Identity) -> Option<Digest> {
         let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
@@ -111,6 +169,7 @@ impl Memo {
             entries.clear();
         }
         entries.insert((identity.device, identity.inode), (identity, digest));
+        self.changed.store(true, Ordering::Relaxed);
     }
 }
 
@@ -148,6 +207,22 @@ mod tests {
         std::thread::sleep(Duration::from_millis(40));
         memo.digest(&path).unwrap();
         assert_eq!(memo.recall(&identity), Some(Digest::of(b"one")));
+    }
+
+    #[test]
+    fn what_is_kept_is_known_to_the_next() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, kept) = (directory.path().join("a"), directory.path().join("memo"));
+        fs::write(&path, "one").unwrap();
+        std::thread::sleep(Duration::from_millis(40));
+        let memo = Memo::default();
+        let (digest, identity) = memo.digest(&path).unwrap();
+        memo.save(&kept).unwrap();
+        let next = Memo::default();
+        next.load(&kept);
+        assert_eq!(next.recall(&identity), Some(digest));
+        fs::write(&kept, "garbage").unwrap();
+        Memo::default().load(&kept);
     }
 
     #[test]

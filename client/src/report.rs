@@ -25,6 +25,7 @@ pub(crate) fn to_text(json: &str) -> serde_json::Result<String> {
     row("  local / server", format!("{} / {}", number("local_hits"), number("remote_hits")));
     row("compile time saved", format!("{:.1} s", number("saved_ms") as f64 / 1000.0));
     row("results stored", format!("{} ({} uploaded)", number("stored"), number("uploaded")));
+    row("compiles observed", format!("{} of {}", number("traced"), number("misses")));
     for (reason, count) in sums(&report["not_stored"]) {
         row("  not stored", format!("{count} {reason}"));
     }

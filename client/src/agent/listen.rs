@@ -13,6 +13,7 @@ use tokio::net::{UnixListener, UnixStream};
 
 use super::{Agent, session};
 use crate::config::Config;
+use crate::local::LocalTier;
 
 /// An agent without a unit for this long ends.
 const IDLE_LIMIT: Duration = Duration::from_secs(600);
@@ -29,6 +30,10 @@ pub(crate) fn run(listener: StdListener, config: Config, socket: &Path) -> anyho
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let name = socket.file_stem().unwrap_or_default().to_string_lossy().into_owned();
     let agent = Arc::new(Agent::new(config, &name, socket.with_extension("json")));
+    if agent.local.is_some() {
+        let agent = Arc::clone(&agent);
+        runtime.spawn_blocking(move || agent.local.as_ref().map(LocalTier::take_stock));
+    }
     runtime.block_on(serve(&agent, listener, socket))?;
     Ok(())
 }
@@ -47,6 +52,8 @@ async fn serve(agent: &Arc<Agent>, listener: StdListener, socket: &Path) -> io::
             _ = watch.tick() => {
                 if *agent.active.borrow() > 0 || *agent.pending.borrow() > 0 {
                     last_active = Instant::now();
+                } else {
+                    agent.keep_memo().await;
                 }
                 let present = fs::metadata(socket).map(|metadata| metadata.ino()).ok();
                 if present != own {
@@ -63,6 +70,7 @@ async fn serve(agent: &Arc<Agent>, listener: StdListener, socket: &Path) -> io::
     let mut active = agent.active.subscribe();
     let _ = active.wait_for(|count| *count == 0).await;
     agent.drain(super::DRAIN_TIMEOUT).await;
+    agent.keep_memo().await;
     agent.leave_report();
     Ok(())
 }

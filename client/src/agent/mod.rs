@@ -22,7 +22,7 @@ pub(crate) use listen::run;
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{Semaphore, watch};
@@ -73,8 +73,12 @@ impl Agent {
         let remote = config.url.as_ref().and_then(|url| {
             Remote::new(&config, url, name).map_err(|error| notices.push(format!("no server: {error}"))).ok()
         });
+        let memo = Memo::default();
+        if let Some(tier) = &local {
+            memo.load(&tier.memo_file());
+        }
         let agent = Self {
-            memo: Memo::default(),
+            memo,
             toolchains: Toolchains::default(),
             local,
             remote,
@@ -125,6 +129,15 @@ impl Agent {
     async fn drain(&self, limit: Duration) -> bool {
         let mut pending = self.pending.subscribe();
         tokio::time::timeout(limit, pending.wait_for(|count| *count == 0)).await.is_ok()
+    }
+
+    /// Keeps the digest memo for the next agent, where it has changed.
+    async fn keep_memo(self: &Arc<Self>) {
+        let agent = Arc::clone(self);
+        let keep = move || agent.local.as_ref().map(|tier| agent.memo.save(&tier.memo_file()));
+        if let Ok(Some(Err(error))) = tokio::task::spawn_blocking(keep).await {
+            tracing::info!("the digest memo is not kept: {error}");
+        }
     }
 
     /// Leaves the statistics for `cachec stats` after the agent's end.

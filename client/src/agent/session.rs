@@ -32,11 +32,12 @@ pub(super) async fn serve(agent: Arc<Agent>, stream: UnixStream) -> io::Result<(
     }
 }
 
-async fn serve_control(agent: &Agent, connection: &mut Connection, control: Control) -> io::Result<()> {
+async fn serve_control(agent: &Arc<Agent>, connection: &mut Connection, control: Control) -> io::Result<()> {
     if control != Control::Statistics {
         connection.while_working(agent.drain(DRAIN_TIMEOUT)).await?;
     }
     if control == Control::Stop {
+        agent.keep_memo().await;
         agent.leave_report();
     }
     connection.send(&Response::Report(agent.report())).await
