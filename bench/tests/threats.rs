@@ -415,7 +415,7 @@ fn tests_checks_and_lints_say_the_same_cold_and_warm() -> Result<()> {
     for (command, new_misses, new_hits) in commands {
         let run = |case: &Case| -> Result<Build> {
             case.project.wipe()?;
-            let build = case.machine.cargo(&case.project.root, command)?;
+            let build = case.machine.cargo(&case.project.root, &[command, &["--jobs=1"]].concat())?;
             assert!(build.success, "{command:?}: {}", build.stderr);
             let _ = case.machine.cachec(&case.project.root, &["flush"]);
             Ok(build)
@@ -438,7 +438,6 @@ fn tests_checks_and_lints_say_the_same_cold_and_warm() -> Result<()> {
                 .map(|text| text.lines().map(str::to_owned).collect::<Vec<_>>());
             let timeless = |line: &String| !line.contains("finished in");
             let mut lines: Vec<String> = lines.concat().into_iter().filter(timeless).collect();
-            // Units run side by side, in any order.
             lines.sort_unstable();
             lines
         };

@@ -12,7 +12,7 @@ use tempfile::{SpooledData, SpooledTempFile};
 use tokio::sync::OwnedMutexGuard;
 use tokio_util::io::ReaderStream;
 
-use super::record::{self, OpenOutputs, Recorded};
+use super::record::{self, OpenOutputs, Recorded, Stores};
 use super::{Agent, Counted};
 use crate::inputs::NotStorable;
 use crate::ipc::Finished;
@@ -65,9 +65,10 @@ async fn pack(
     let _permit = agent.packing.acquire().await.map_err(std::io::Error::other)?;
     let agent = Arc::clone(agent);
     tokio::task::spawn_blocking(move || {
-        let tier = agent.local.as_ref();
-        let recorded = record::record(&unit, &finished, outputs, tier, &agent.memo)?;
-        if let Some(tier) = tier {
+        let wants_pack = agent.writable_remote().is_some();
+        let stores = Stores { memo: &agent.memo, tier: agent.local.as_ref(), wants_pack };
+        let recorded = record::record(&unit, &finished, outputs, stores)?;
+        if let Some(tier) = stores.tier {
             tier.keep_result(&recorded.publish)?;
         }
         Ok(recorded)
@@ -82,7 +83,8 @@ async fn store(agent: &Agent, recorded: Recorded) {
         statistics.stored += 1;
         statistics.bound += u64::from(recorded.bound);
     }
-    let Some(remote) = agent.writable_remote() else { return };
+    // Without a pack there was no server to take it when the result was recorded.
+    let Some(remote) = agent.writable_remote().filter(|_| recorded.pack.is_some()) else { return };
     match upload(remote, recorded).await {
         Ok(()) => agent.statistics().uploaded += 1,
         Err(error) => {

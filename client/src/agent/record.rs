@@ -55,6 +55,15 @@ pub(crate) struct Recorded {
     pub(crate) bound: bool,
 }
 
+/// Where a result goes.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Stores<'a> {
+    pub(crate) memo: &'a Memo,
+    pub(crate) tier: Option<&'a LocalTier>,
+    /// Whether a server takes the pack; compressing it for nobody would only slow the build.
+    pub(crate) wants_pack: bool,
+}
+
 /// Opens what the run left: what it was seen to leave, or what such a unit must leave.
 pub(crate) fn open_outputs(unit: &Unit, trace: Option<&Trace>) -> Result<OpenOutputs, NotStorable> {
     let required = unit.invocation.required_outputs();
@@ -104,9 +113,9 @@ pub(crate) fn record(
     unit: &Unit,
     finished: &Finished,
     outputs: OpenOutputs,
-    tier: Option<&LocalTier>,
-    memo: &Memo,
+    stores: Stores<'_>,
 ) -> Result<Recorded, NotStorable> {
+    let memo = stores.memo;
     let dep_info = DepInfo::parse(&outputs.dep_info).map_err(|_| NotStorable::MalformedDepInfo)?;
     let mut inputs = match &finished.trace {
         Some(trace) => inputs::from_trace(unit, trace, &dep_info, memo, finished.started_ns)?,
@@ -128,7 +137,7 @@ pub(crate) fn record(
     for content in [&stdout, &stderr, &text] {
         found.extend(unit.roots.found_in(content));
     }
-    let packer = Packer::new(unit, tier, memo, &outputs, text.len() as u64)?;
+    let packer = Packer::new(unit, stores, &outputs, text.len() as u64)?;
     let packed = packer.pack(outputs, &text)?;
     found.extend(packed.found);
     inputs.extend(found.iter().filter_map(|root| inputs::root_input(unit, *root)));
@@ -163,9 +172,8 @@ struct Packed {
 /// for roots' literal paths.
 struct Packer<'a> {
     unit: &'a Unit,
-    tier: Option<&'a LocalTier>,
-    memo: &'a Memo,
-    encoder: zstd::Encoder<'static, SpooledTempFile>,
+    stores: Stores<'a>,
+    encoder: Option<zstd::Encoder<'static, SpooledTempFile>>,
     hasher: blake3::Hasher,
     found: Vec<Root>,
 }
@@ -173,8 +181,7 @@ struct Packer<'a> {
 impl<'a> Packer<'a> {
     fn new(
         unit: &'a Unit,
-        tier: Option<&'a LocalTier>,
-        memo: &'a Memo,
+        stores: Stores<'a>,
         outputs: &OpenOutputs,
         text_bytes: u64,
     ) -> Result<Self, NotStorable> {
@@ -185,9 +192,16 @@ impl<'a> Packer<'a> {
             .filter(|output| dep_info.as_ref() != Some(&output.name))
             .map(|output| output.identity.size_bytes)
             .sum();
-        let spool = SpooledTempFile::new(SPOOL_BYTES);
-        let encoder = pack::compressor(spool, binary_bytes + text_bytes, UPLOAD_LEVEL)?;
-        Ok(Self { unit, tier, memo, encoder, hasher: blake3::Hasher::new(), found: Vec::new() })
+        let compressor =
+            || pack::compressor(SpooledTempFile::new(SPOOL_BYTES), binary_bytes + text_bytes, UPLOAD_LEVEL);
+        let encoder = stores.wants_pack.then(compressor).transpose()?;
+        Ok(Self { unit, stores, encoder, hasher: blake3::Hasher::new(), found: Vec::new() })
+    }
+
+    /// Adds bytes to the pack and its digest.
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.hasher.update(bytes);
+        self.encoder.as_mut().map_or(Ok(()), |encoder| encoder.write_all(bytes))
     }
 
     fn pack(mut self, opened: OpenOutputs, text: &[u8]) -> Result<Packed, NotStorable> {
@@ -200,17 +214,18 @@ impl<'a> Packer<'a> {
                 self.add_binary(output)?
             });
         }
-        let mut spool = self.encoder.finish()?;
-        spool.seek(SeekFrom::Start(0))?;
-        Ok(Packed { outputs, digest: self.hasher.finalize().into(), found: self.found, spool: Some(spool) })
+        let mut spool = self.encoder.map(zstd::Encoder::finish).transpose()?;
+        if let Some(spool) = spool.as_mut() {
+            spool.seek(SeekFrom::Start(0))?;
+        }
+        Ok(Packed { outputs, digest: self.hasher.finalize().into(), found: self.found, spool })
     }
 
     fn add_text(&mut self, name: String, text: &[u8]) -> Result<Output, NotStorable> {
-        self.hasher.update(text);
-        self.encoder.write_all(text)?;
+        self.write(text)?;
         let digest = Digest::of(text);
-        if let Some(tier) = self.tier {
-            super::restore::keep_bytes(tier, text, &digest, self.memo)?;
+        if let Some(tier) = self.stores.tier {
+            super::restore::keep_bytes(tier, text, &digest, self.stores.memo)?;
         }
         let size_bytes = text.len() as u64;
         Ok(Output { name, kind: OutputKind::Text, executable: false, digest, size_bytes })
@@ -218,16 +233,16 @@ impl<'a> Packer<'a> {
 
     fn add_binary(&mut self, opened: OpenOutput) -> Result<Output, NotStorable> {
         let OpenOutput { name, mut file, identity, executable } = opened;
-        let mut object = self.tier.map(LocalTier::stage).transpose()?;
+        let mut object = self.stores.tier.map(LocalTier::stage).transpose()?;
         let digest = self.read_chunks(&mut file, object.as_mut())?;
         let after = Identity::of(&file.metadata()?);
         if !after.same_content_times(&identity) {
             return Err(NotStorable::OutputChanged);
         }
-        if let (Some(tier), Some(object)) = (self.tier, object) {
-            tier.keep_object(object, &digest, self.memo)?;
+        if let (Some(tier), Some(object)) = (self.stores.tier, object) {
+            tier.keep_object(object, &digest, self.stores.memo)?;
         }
-        self.memo.remember(after, digest);
+        self.stores.memo.remember(after, digest);
         Ok(Output { name, kind: OutputKind::Binary, executable, digest, size_bytes: identity.size_bytes })
     }
 
@@ -244,8 +259,7 @@ impl<'a> Packer<'a> {
             }
             let chunk = &buffer[carried..carried + count];
             hasher.update(chunk);
-            self.hasher.update(chunk);
-            self.encoder.write_all(chunk)?;
+            self.write(chunk)?;
             if let Some(object) = object.as_mut() {
                 object.write_all(chunk)?;
             }
