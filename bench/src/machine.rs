@@ -73,7 +73,7 @@ impl Machine {
         let machine = Self { directory, noted, variables: Vec::new() };
         machine.install_noting_compiler()?;
         let tier = machine.path("tier");
-        Ok(machine.with("CACHEC_DIR", tier.to_string_lossy()))
+        Ok(machine.with("CACHEC_DIR", tier.to_string_lossy()).with("CARGO_INCREMENTAL", "0"))
     }
 
     /// A new machine as a container is: no local tier, but a server.
@@ -169,7 +169,6 @@ impl Machine {
             .env("HOME", self.path("home"))
             .env("TMPDIR", self.path("tmp"))
             .env("CARGO_HOME", self.path("cargo"))
-            .env("CARGO_INCREMENTAL", "0")
             .env("CARGO_NET_OFFLINE", "true")
             .env("CARGO_TERM_COLOR", "never")
             .env("COMPILED", self.path("compiled"))

@@ -262,6 +262,15 @@ fn incremental_units_are_left_alone_and_cached_in_ci() -> Result<()> {
     let refused = bench.machine.statistics(&bench.project.root)?["refused"]["incremental"].clone();
     assert_eq!((refused["leaf"].as_u64(), refused["middle"].as_u64()), (Some(1), Some(1)));
     assert!(bench.project.root.join("target/debug/incremental").read_dir()?.next().is_some());
+    // Nobody asked for it, and this is CI: the flag is dropped, which is said once.
+    bench.machine = bench.machine.with("CI", "true").without("CARGO_INCREMENTAL");
+    bench.project.wipe()?;
+    let build = bench.machine.cargo(&bench.project.root, &["build"])?;
+    assert!(build.success && build.notices().len() == 1, "{}", build.stderr);
+    assert!(build.notices()[0].contains("incremental compilation is off"), "{:?}", build.notices());
+    bench.machine.cachec(&bench.project.root, &["flush"])?;
+    bench.project.wipe()?;
+    assert_eq!(bench.machine.cargo(&bench.project.root, &["build"])?.compiled, NOTHING);
     Ok(())
 }
 

@@ -264,7 +264,7 @@ fn a_linker_that_appears_earlier_in_the_path() -> Result<()> {
         fs::write(&script, text)?;
         Ok(fs::set_permissions(script, std::os::unix::fs::PermissionsExt::from_mode(0o755))?)
     };
-    case.prove("1", appear, "2", "early/cc")
+    case.prove("1", appear, "2", "cc")
 }
 
 #[test]
@@ -444,5 +444,84 @@ fn tests_checks_and_lints_say_the_same_cold_and_warm() -> Result<()> {
         assert_eq!(text(&cold), text(&plain), "{command:?}, cold");
         assert_eq!(text(&warm), text(&plain), "{command:?}, warm");
     }
+    Ok(())
+}
+
+#[test]
+fn a_directory_link_that_leads_elsewhere() -> Result<()> {
+    let bodies = [
+        "let mut names: Vec<_> = std::fs::read_dir(\"app/data\").unwrap()\
+         .map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect(); names.sort(); names.join(\" \")",
+        "std::fs::read_to_string(\"app/data/../up.txt\").unwrap()",
+        "let output = std::process::Command::new(\"sh\").args([\"-c\", \"cd app/data && cat only.txt\"]).output();\
+         String::from_utf8(output.unwrap().stdout).unwrap()",
+    ];
+    for (body, before, after) in bodies
+        .into_iter()
+        .zip(["only.txt", "a", "a"])
+        .zip(["more.txt only.txt", "b", "b"])
+        .map(|((body, before), after)| (body, before, after))
+    {
+        let case = Case::new(PRINT_MADE, &["maker"])?.with_macro(body)?;
+        for (name, letter) in [("first", "a"), ("second", "b")] {
+            case.project.write(&format!("app/{name}/up.txt"), letter)?;
+            case.project.write(&format!("app/{name}/data/only.txt"), letter)?;
+        }
+        case.project.write("app/second/data/more.txt", "")?;
+        let link = case.project.root.join("app/data");
+        std::os::unix::fs::symlink("first/data", &link)?;
+        let retarget = |case: &Case| -> Result<()> {
+            let link = case.project.root.join("app/data");
+            fs::remove_file(&link)?;
+            Ok(std::os::unix::fs::symlink("second/data", link)?)
+        };
+        case.prove(before, retarget, after, "app/data")?;
+    }
+    Ok(())
+}
+
+#[test]
+fn search_paths_of_programs_and_libraries() -> Result<()> {
+    let body = "let output = std::process::Command::new(\"told\").output().unwrap(); \
+        String::from_utf8(output.stdout).unwrap().trim().to_owned()";
+    let mut case = Case::new(PRINT_MADE, &["maker"])?.with_macro(body)?;
+    for name in ["one", "two"] {
+        let directory = case.outside(name);
+        fs::create_dir(&directory)?;
+        fs::write(directory.join("told"), format!("#!/bin/sh\necho {name}\n"))?;
+        fs::set_permissions(directory.join("told"), std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+    }
+    let path = std::env::var("PATH")?;
+    for (first, compiled) in [("one", true), ("one", false), ("two", true), ("one", false)] {
+        case.machine.set("PATH", format!("{}:{path}", case.outside(first).display()));
+        assert_eq!(!case.build()?.compiled.is_empty(), compiled, "{first}");
+        assert_eq!(case.project.run_app()?, first);
+    }
+    case.machine.set("LD_PRELOAD", "/nowhere.so");
+    assert!(!case.build()?.compiled.is_empty());
+    Ok(())
+}
+
+#[test]
+fn a_program_that_may_no_longer_be_executed() -> Result<()> {
+    let body = "match std::process::Command::new(\"./tool.sh\").output() { \
+        Ok(output) => String::from_utf8(output.stdout).unwrap().trim().to_owned(), Err(_) => \"refused\".to_owned() }";
+    let case = Case::new(PRINT_MADE, &["maker"])?.with_macro(body)?;
+    case.project.write("tool.sh", "#!/bin/sh\necho ran\n")?;
+    let mode = |project: &Project, mode: u32| -> Result<()> {
+        let permissions = std::os::unix::fs::PermissionsExt::from_mode(mode);
+        Ok(fs::set_permissions(project.root.join("tool.sh"), permissions)?)
+    };
+    mode(&case.project, 0o755)?;
+    case.prove("ran", |case| mode(&case.project, 0o644), "refused", "tool.sh")
+}
+
+#[test]
+fn executing_a_pipe_does_not_hang() -> Result<()> {
+    let body = "std::process::Command::new(\"app/pipe\").output().is_ok().to_string()";
+    let case = Case::new(PRINT_MADE, &["maker"])?.with_macro(body)?;
+    assert!(Command::new("mkfifo").arg(case.project.root.join("app/pipe")).status()?.success());
+    case.build()?;
+    assert_eq!(case.project.run_app()?, "false");
     Ok(())
 }

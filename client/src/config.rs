@@ -138,7 +138,7 @@ impl Surroundings {
             variables: std::env::vars_os().collect(),
             directories: parent_directory.into_iter().chain(own_directory).collect(),
             user_id: rustix::process::getuid().as_raw(),
-            in_container: CONTAINER_MARKERS.iter().any(|marker| Path::new(marker).exists()),
+            in_container: is_container(),
         }
     }
 
@@ -281,6 +281,20 @@ impl RawConfig {
                 .collect(),
         })
     }
+}
+
+/// Whether this is a container: by the files that engines leave, by the name of BuildKit's hosts (a `RUN`
+/// step has no such file), or by a root directory that is an overlay.
+fn is_container() -> bool {
+    let text = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    // Fields of a line: …, mount point (the fifth), …, a dash, the type of file system.
+    let is_overlay_root = |line: &str| {
+        let is_root = line.split(' ').nth(4) == Some("/");
+        is_root && line.split(" - ").nth(1).is_some_and(|rest| rest.contains("overlay"))
+    };
+    CONTAINER_MARKERS.iter().any(|marker| Path::new(marker).exists())
+        || text("/proc/sys/kernel/hostname").trim() == "buildkitsandbox"
+        || text("/proc/self/mountinfo").lines().any(is_overlay_root)
 }
 
 fn invalid(name: &'static str, value: &str, message: &str) -> ConfigError {

@@ -53,7 +53,10 @@ impl Address {
         let program = fs::metadata("/proc/self/exe").map(|exe| (exe.ino(), exe.mtime_nsec(), exe.len())).ok();
         // Cargo sets certificate variables for what it starts, so a shell's command has others.
         let named = Config { network_variables: Vec::new(), ..config.clone() };
-        let text = format!("{}\n{program:?}\n{}", env!("CARGO_PKG_VERSION"), to_json(&named));
+        // An agent sees files as its own container does.
+        let place = |path: &str| fs::metadata(path).map(|metadata| (metadata.dev(), metadata.ino())).ok();
+        let view = (place("/proc/self/ns/mnt"), place("/"));
+        let text = format!("{}\n{program:?}\n{view:?}\n{}", env!("CARGO_PKG_VERSION"), to_json(&named));
         let name = Digest::of(text.as_bytes()).to_string();
         Self { socket: config.runtime_directory.join(format!("{}.sock", &name[..16])) }
     }

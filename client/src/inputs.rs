@@ -10,6 +10,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use cachec_protocol::{Digest, Input, InputKind, InputSet, Root};
@@ -66,8 +67,12 @@ pub(crate) fn from_trace(
             Seen::Directory => gatherer.input(InputKind::Directory, &access.path, None)?,
             Seen::Link => gatherer.input(InputKind::Link, &access.path, access.digest)?,
             Seen::Listing => gatherer.input(InputKind::Listing, &access.path, access.digest)?,
+            Seen::Executable => gatherer.input(InputKind::Mode, &access.path, Some(mode_digest(true)))?,
+            Seen::NotExecutable => gatherer.input(InputKind::Mode, &access.path, Some(mode_digest(false)))?,
         });
     }
+    gatherer.searched_programs(trace, &mut inputs);
+    gatherer.paths_in_sources(dep_info, &mut inputs);
     for (name, value) in &dep_info.variables {
         gatherer.variable(name, value.as_deref(), dep_info, &mut inputs)?;
     }
@@ -78,20 +83,27 @@ pub(crate) fn from_trace(
 ///
 /// | left out | why |
 /// |---|---|
-/// | below the sysroot | the toolchain's identity is in the action key |
+/// | compiler, driver and `lib/rustlib` below the sysroot | the toolchain's identity is in the action key |
 /// | `/etc/ld.so.cache` | an index of libraries; the libraries that are loaded are inputs |
 /// | the directory for temporary files itself | what the run makes there is its own |
-/// | directories below the target directory | cargo makes them as it goes; files in them are inputs |
-/// | directories around a root | they are there wherever the root is, under other names |
+/// | directories around outputs, dependencies and roots | they are there wherever those are |
 /// | `/proc`, `/dev` but `/dev/shm`, `/sys` | left out by the tracer: they describe machine and process |
 fn is_left_out(unit: &Unit, access: &Access) -> bool {
     let path = Path::new(OsStr::from_bytes(&access.path));
-    let around_root = || unit.root_directories().any(|root| root.starts_with(path));
-    let in_target = || unit.target_directory.as_ref().is_some_and(|target| path.starts_with(target));
-    unit.sysroots.iter().any(|sysroot| path.starts_with(sysroot))
+    let in_toolchain = |sysroot: &PathBuf| path.strip_prefix(sysroot).is_ok_and(is_identified);
+    let is_around = || unit.known_directories().iter().any(|known| known.starts_with(path));
+    unit.sysroots.iter().any(in_toolchain)
         || path == Path::new("/etc/ld.so.cache")
-        || (access.seen == Seen::Directory
-            && (in_target() || around_root() || path == unit.temporary_directory()))
+        || (access.seen == Seen::Directory && (is_around() || path == unit.temporary_directory()))
+}
+
+/// Whether a path below the sysroot is part of the toolchain's identity.
+fn is_identified(path: &Path) -> bool {
+    let name = path.as_os_str().as_bytes();
+    path.starts_with("lib/rustlib")
+        || ["bin/rustc", "bin/clippy-driver"].iter().any(|program| path == Path::new(program))
+        || [b"lib/librustc_driver".as_slice(), b"lib/libLLVM"].iter().any(|start| name.starts_with(start))
+        || ["", "bin", "lib"].iter().any(|directory| path == Path::new(directory))
 }
 
 /// Gathers what a run read, from its dep-info. `started_ns` is the start of the run: a file that changed
@@ -124,6 +136,7 @@ pub(crate) fn gather(
     for directory in unit.invocation.searched_directories() {
         gatherer.loadable_files(directory, &mut inputs)?;
     }
+    gatherer.paths_in_sources(dep_info, &mut inputs);
     for (name, value) in &dep_info.variables {
         gatherer.variable(name, value.as_deref(), dep_info, &mut inputs)?;
     }
@@ -152,6 +165,37 @@ impl Gatherer<'_> {
         Ok(Input { kind, name, digest })
     }
 
+    /// The programs that were searched in `PATH`, found or not: what matters is what is found first.
+    fn searched_programs(&self, trace: &Trace, inputs: &mut Vec<Input>) {
+        let directories = self.unit.program_directories();
+        let mut names: Vec<&OsStr> = trace
+            .inputs
+            .iter()
+            .filter(|access| matches!(access.seen, Seen::File | Seen::Absent))
+            .map(|access| Path::new(OsStr::from_bytes(&access.path)))
+            .filter(|path| directories.iter().any(|directory| path.parent() == Some(directory)))
+            .filter_map(Path::file_name)
+            .collect();
+        names.sort_unstable();
+        names.dedup();
+        inputs.extend(names.into_iter().map(|name| Input {
+            kind: InputKind::Program,
+            name: name.as_bytes().to_vec(),
+            digest: program_digest(self.unit, name, self.memo),
+        }));
+    }
+
+    /// A source that names a root by its path means that place, wherever the root is: the result is bound.
+    fn paths_in_sources(&self, dep_info: &DepInfo, inputs: &mut Vec<Input>) {
+        for file in &dep_info.files {
+            let text =
+                fs::read(self.unit.working_directory.join(OsStr::from_bytes(file))).unwrap_or_default();
+            inputs.extend(
+                self.unit.roots.found_in(&text).into_iter().filter_map(|root| root_input(self.unit, root)),
+            );
+        }
+    }
+
     /// A name at which nothing is; if something is there, the compiler did not mind.
     fn absent(&self, path: &[u8], inputs: &mut Vec<Input>) -> Result<(), NotStorable> {
         let absolute = self.unit.working_directory.join(OsStr::from_bytes(path));
@@ -164,9 +208,11 @@ impl Gatherer<'_> {
     /// The proc macros in a search directory: the compiler loads those of its dependencies' dependencies,
     /// and nobody says which. Their native code is not in any crate's hash.
     fn loadable_files(&self, directory: &[u8], inputs: &mut Vec<Input>) -> Result<(), NotStorable> {
-        let path = self.unit.working_directory.join(OsStr::from_bytes(directory));
-        for name in sorted_names(&path)?.iter().filter(|name| name.as_bytes().ends_with(b".so")) {
-            inputs.push(self.file(path.join(name).as_os_str().as_bytes())?);
+        for entry in fs::read_dir(self.unit.working_directory.join(OsStr::from_bytes(directory)))? {
+            let path = entry?.path();
+            if path.extension().is_some_and(|extension| extension == "so") {
+                inputs.push(self.file(path.as_os_str().as_bytes())?);
+            }
         }
         Ok(())
     }
@@ -272,7 +318,12 @@ fn present_digest(unit: &Unit, input: &Input, memo: &Memo) -> Option<Option<Dige
             let target = fs::read_link(path()?).ok()?;
             Some(Some(Digest::of(target.as_os_str().as_bytes())))
         }
-        InputKind::Listing => Some(Some(listing_digest(&sorted_names(&path()?).ok()?))),
+        InputKind::Listing => Some(Some(listing_digest(&path()?, |_| true).ok()?)),
+        InputKind::Mode => {
+            let metadata = fs::metadata(path()?).ok()?;
+            Some(Some(mode_digest(metadata.mode() & 0o111 != 0)))
+        }
+        InputKind::Program => Some(program_digest(unit, OsStr::from_bytes(&input.name), memo)),
         InputKind::Environment => variable_digest(unit, unit.variable(&input.name)),
         InputKind::Argument => {
             let flag = std::str::from_utf8(&input.name).ok()?;
@@ -291,25 +342,50 @@ fn variable_digest(unit: &Unit, value: Option<&[u8]>) -> Option<Option<Digest>> 
     }
 }
 
-fn sorted_names(directory: &Path) -> io::Result<Vec<std::ffi::OsString>> {
-    let mut names =
-        fs::read_dir(directory)?.map(|entry| Ok(entry?.file_name())).collect::<io::Result<Vec<_>>>()?;
-    names.sort_unstable();
-    Ok(names)
-}
-
 /// Whether a failed look at a path means that nothing is there.
 pub(crate) fn is_absence(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
         || error.raw_os_error() == Some(libc::ENAMETOOLONG)
 }
 
-/// Digest of a directory's sorted names, each followed by NUL.
-pub(crate) fn listing_digest(names: &[std::ffi::OsString]) -> Digest {
-    let mut hasher = blake3::Hasher::new();
-    for name in names {
-        hasher.update(name.as_bytes());
-        hasher.update(&[0]);
+/// Digest of the names in a directory that `counts`, sorted, with what each is; see [`InputKind::Listing`].
+///
+/// # Errors
+/// Those of reading the directory.
+pub(crate) fn listing_digest(directory: &Path, counts: impl Fn(&Path) -> bool) -> io::Result<Digest> {
+    let mut entries = Vec::new();
+    for entry in fs::read_dir(directory)? {
+        let entry = entry?;
+        if counts(&entry.path()) {
+            let kind = entry.file_type()?;
+            let letter = match () {
+                () if kind.is_file() => b'f',
+                () if kind.is_dir() => b'd',
+                () if kind.is_symlink() => b'l',
+                () => b'o',
+            };
+            entries.push((entry.file_name(), letter));
+        }
     }
-    hasher.finalize().into()
+    entries.sort_unstable();
+    let mut hasher = blake3::Hasher::new();
+    for (name, letter) in entries {
+        hasher.update(name.as_bytes());
+        hasher.update(&[0, letter]);
+    }
+    Ok(hasher.finalize().into())
+}
+
+fn mode_digest(may_execute: bool) -> Digest {
+    Digest::of(if may_execute { b"x" } else { b"-" })
+}
+
+/// Digest of the first program of that name in the unit's `PATH`.
+fn program_digest(unit: &Unit, name: &OsStr, memo: &Memo) -> Option<Digest> {
+    let is_program = |path: &PathBuf| {
+        fs::metadata(path).is_ok_and(|metadata| metadata.is_file() && metadata.mode() & 0o111 != 0)
+    };
+    let path =
+        unit.program_directories().into_iter().map(|directory| directory.join(name)).find(is_program)?;
+    memo.digest(&path).ok().map(|(digest, _)| digest)
 }

@@ -20,6 +20,8 @@ pub(crate) enum Refusal {
     Incremental,
     #[error("output-path")]
     OutputPath,
+    #[error("no-dep-info")]
+    NoDepInfo,
     #[error("logging")]
     Logging,
     #[error("toolchain")]
@@ -66,6 +68,10 @@ impl Invocation {
         if emits.iter().any(|kind| kind.contains('=')) || emits.is_empty() {
             return Err(Refusal::OutputPath);
         }
+        // Only dep-info names the variables that were read.
+        if !emits.iter().any(|kind| kind == "dep-info") {
+            return Err(Refusal::NoDepInfo);
+        }
         Ok(Self {
             stem: format!("{crate_name}{extra}"),
             crate_name,
@@ -97,11 +103,15 @@ impl Invocation {
             || self.crate_types.is_empty()
             || self.crate_types.iter().any(|kind| !libraries.contains(&kind.as_str()))
             || self.emits.iter().any(|kind| !plain_emits.contains(&kind.as_str()))
-            || !self.emits("dep-info")
     }
 
     fn emits(&self, kind: &str) -> bool {
         self.emits.iter().any(|emitted| emitted == kind)
+    }
+
+    /// Whether cargo asked for an incremental compile, which this is not going to be.
+    pub(crate) fn drops_incremental(&self) -> bool {
+        self.values("-C incremental").next().is_some()
     }
 
     /// The last value of a flag, as text.
@@ -154,7 +164,7 @@ impl Invocation {
     pub(crate) fn searched_directories(&self) -> impl Iterator<Item = &[u8]> {
         self.values("--search-path")
             .map(split_kind)
-            .filter(|(kind, _)| *kind != "native")
+            .filter(|(kind, _)| *kind == "dependency")
             .map(|(_, path)| path)
     }
 

@@ -21,6 +21,9 @@ use minicbor::{Decode, Encode};
 /// Longer than the coarsest tick of the clock that file systems take their times from.
 const CLOCK_TICK_NS: i64 = 20_000_000;
 
+/// Some file systems keep whole or even seconds; their times look round.
+const COARSE_TICK_NS: i64 = 2_100_000_000;
+
 /// More files than any build has; a full memo starts again.
 const MAX_ENTRIES: usize = 500_000;
 
@@ -57,7 +60,9 @@ impl Identity {
     }
 
     fn is_older_than_tick(&self, now_ns: i64) -> bool {
-        self.mtime_ns.max(self.ctime_ns) < now_ns.saturating_sub(CLOCK_TICK_NS)
+        let is_coarse = self.mtime_ns % 1_000_000 == 0 && self.ctime_ns % 1_000_000 == 0;
+        let tick_ns = if is_coarse { COARSE_TICK_NS } else { CLOCK_TICK_NS };
+        self.mtime_ns.max(self.ctime_ns) < now_ns.saturating_sub(tick_ns)
     }
 }
 

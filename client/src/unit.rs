@@ -27,7 +27,6 @@ pub(crate) struct Unit {
     pub(crate) roots: Roots,
     /// The toolchain's directory, by every name it is known under.
     pub(crate) sysroots: Vec<PathBuf>,
-    pub(crate) target_directory: Option<PathBuf>,
     /// Whether only an observed run can be stored.
     pub(crate) needs_trace: bool,
     /// Whether the user asked for this package: then its outputs are looked at, and edited, by people.
@@ -93,7 +92,6 @@ impl Unit {
             is_primary: variable(&environment, "CARGO_PRIMARY_PACKAGE").is_some(),
             umask: request.umask,
             sysroots: real_sysroot.into_iter().chain([toolchain.sysroot.clone()]).collect(),
-            target_directory: invocation.target_directory().map(|path| working_directory.join(path)),
             invocation,
             working_directory,
             environment,
@@ -131,10 +129,21 @@ impl Unit {
         [tool, arguments, rest].concat()
     }
 
-    /// The directories that the roots stand for, by every name they are known under.
-    pub(crate) fn root_directories(&self) -> impl Iterator<Item = &Path> {
-        let roots = self.roots.iter().map(|(_, path)| Path::new(OsStr::from_bytes(path)));
-        roots.chain(self.sysroots.iter().map(PathBuf::as_path)).chain([self.working_directory.as_path()])
+    /// Directories that are there wherever this unit can run: roots, outputs, dependencies.
+    pub(crate) fn known_directories(&self) -> Vec<PathBuf> {
+        let roots = self.roots.iter().map(|(_, path)| PathBuf::from(OsStr::from_bytes(path)));
+        let searched = self
+            .invocation
+            .searched_directories()
+            .map(|path| self.working_directory.join(OsStr::from_bytes(path)));
+        let own = [self.working_directory.clone(), self.output_directory()];
+        roots.chain(searched).chain(self.sysroots.iter().cloned()).chain(own).collect()
+    }
+
+    /// The directories of `PATH`.
+    pub(crate) fn program_directories(&self) -> Vec<PathBuf> {
+        let path = OsStr::from_bytes(self.variable(b"PATH").unwrap_or_default());
+        std::env::split_paths(path).filter(|directory| directory.is_absolute()).collect()
     }
 
     /// The directory for temporary files.

@@ -33,7 +33,12 @@
 //! | `variable CLIPPY_ARGS` | included | lints of clippy-driver |
 //! | `variable CLIPPY_CONF_DIR` | normalised | where clippy-driver finds its settings |
 //! | `variable LIBRARY_PATH` | normalised | read by linkers |
-//! | `variable LD_RUN_PATH` | normalised | written into outputs by linkers |
+//! | `variable LD_{…}` | normalised | where loaders find libraries; `LD_RUN_PATH` is written into outputs |
+//! | `variable LDEMULATION` | included | read by linkers |
+//! | `variable GNUTARGET` | included | read by linkers |
+//! | `variable CCC_OVERRIDE_OPTIONS` | included | read by clang as a linker driver |
+//! | `variable NIX_{…}` | normalised | read by the compiler wrappers of Nix |
+//! | `variable ZIG_{…}` | normalised | read by `zig cc` |
 //! | `variable GCC_EXEC_PREFIX` | normalised | where a C compiler driver finds its parts |
 //! | `variable COMPILER_PATH` | normalised | where a C compiler driver finds its parts |
 //! | `variable DATABASE_URL` | included | `sqlx` macros connect to it |
@@ -91,7 +96,12 @@ const VARIABLE_RULES: &[(&str, Treatment)] = &[
     ("CLIPPY_ARGS", Included),
     ("CLIPPY_CONF_DIR", Normalised),
     ("LIBRARY_PATH", Normalised),
-    ("LD_RUN_PATH", Normalised),
+    ("LD_*", Normalised),
+    ("LDEMULATION", Included),
+    ("GNUTARGET", Included),
+    ("CCC_OVERRIDE_OPTIONS", Included),
+    ("NIX_*", Normalised),
+    ("ZIG_*", Normalised),
     ("GCC_EXEC_PREFIX", Normalised),
     ("COMPILER_PATH", Normalised),
     ("DATABASE_URL", Included),

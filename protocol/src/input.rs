@@ -25,7 +25,8 @@ pub enum InputKind {
     /// A path was looked up and nothing was there; no digest.
     #[n(1)]
     Absent,
-    /// A directory was listed; the digest is that of its sorted entry names, each followed by a NUL.
+    /// A directory was listed; the digest is that of its sorted entry names, each followed by a NUL and a
+    /// letter for what it is (`f`ile, `d`irectory, `l`ink, `o`ther).
     #[n(2)]
     Listing,
     /// An environment variable was read; the digest is its normalised value's, none where it was not set.
@@ -44,6 +45,13 @@ pub enum InputKind {
     /// A symbolic link was looked at itself; the digest is its text's.
     #[n(7)]
     Link,
+    /// It mattered whether a file may be executed; the digest is that of `x` or of `-`.
+    #[n(8)]
+    Mode,
+    /// A program was searched in `PATH`; the name is a plain file name, the digest the content's of what is
+    /// found first, none where nothing is.
+    #[n(9)]
+    Program,
 }
 
 /// One observed input.

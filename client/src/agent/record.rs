@@ -134,6 +134,19 @@ pub(crate) fn record(
     }
     let text = normalise(&outputs.dep_info)?;
     let mut found = Vec::new();
+    if unit
+        .invocation
+        .value("-C rpath")
+        .is_some_and(|value| !matches!(value.as_str(), "no" | "n" | "off" | "false"))
+        || unit
+            .invocation
+            .arguments
+            .iter()
+            .any(|argument| argument.flag == "-C rpath" && argument.value.is_none())
+    {
+        // The linker writes the way from the output to its libraries.
+        found.extend(unit.roots.iter().map(|(root, _)| root));
+    }
     for content in [&stdout, &stderr, &text] {
         found.extend(unit.roots.found_in(content));
     }

@@ -19,6 +19,10 @@ use crate::unit::Unit;
 /// How often a wrapper hears that the agent is alive; a third of what it waits for.
 const HEARTBEAT: Duration = Duration::from_millis(500);
 
+/// Said where the flag is dropped, which happens in CI and in containers only.
+const INCREMENTAL_NOTICE: &str = "incremental compilation is off in CI and containers, where it cannot be cached; \
+    CARGO_INCREMENTAL=1 turns it on, and this line off with CARGO_INCREMENTAL=0";
+
 /// Serves one connection to its end.
 ///
 /// # Errors
@@ -92,6 +96,9 @@ async fn decide(agent: &Arc<Agent>, request: UnitRequest) -> Decision {
             return Decision::Refuse;
         }
     };
+    if unit.invocation.drops_incremental() {
+        agent.notify(INCREMENTAL_NOTICE.to_owned());
+    }
     let gate = agent.gates.pass(&unit.action_key).await;
     match lookup::find(agent, &unit).await {
         Some(found) => Decision::Restore(found),

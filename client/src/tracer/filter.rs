@@ -87,13 +87,15 @@ fn install(program: &[sock_filter]) -> Option<OwnedFd> {
     ];
     // SAFETY: the program and its instructions live through the calls, which read them alone.
     unsafe {
-        if libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0 {
-            return None;
-        }
         let mode = libc::SECCOMP_SET_MODE_FILTER;
         let install =
             |flags: libc::c_ulong| libc::syscall(libc::SYS_seccomp, mode, flags, &raw const program);
-        let listener = flags.into_iter().map(install).find(|listener| *listener >= 0)?;
+        let privileged = flags.into_iter().map(install).find(|listener| *listener >= 0);
+        let listener = privileged.or_else(|| {
+            // Who is not privileged gives set-user-ID programs up; the observation notices them.
+            libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+            flags.into_iter().map(install).find(|listener| *listener >= 0)
+        })?;
         Some(OwnedFd::from_raw_fd(RawFd::try_from(listener).ok()?))
     }
 }
@@ -190,12 +192,22 @@ pub(super) fn is_waiting(listener: &OwnedFd, notification: &Notification) -> boo
     }
 }
 
-/// Reads a task's memory; fewer bytes than asked where the rest is not mapped.
-pub(super) fn read_memory(task: u32, address: u64, buffer: &mut [u8]) -> usize {
+/// Reads a task's memory; fewer bytes than asked where the rest is not mapped, none where nothing is.
+///
+/// # Errors
+/// Where the task's memory may not be read.
+pub(super) fn read_memory(task: u32, address: u64, buffer: &mut [u8]) -> io::Result<usize> {
     let local = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
     let remote = libc::iovec { iov_base: address as *mut libc::c_void, iov_len: buffer.len() };
     // SAFETY: the local part is this buffer; the remote address is checked by the kernel.
     let count =
         unsafe { libc::process_vm_readv(task.cast_signed(), &raw const local, 1, &raw const remote, 1, 0) };
-    usize::try_from(count).unwrap_or_default()
+    match usize::try_from(count) {
+        Ok(count) => Ok(count),
+        Err(_) => match io::Error::last_os_error() {
+            // The call fails alike, or its task is gone.
+            error if matches!(error.raw_os_error(), Some(libc::EFAULT | libc::ESRCH)) => Ok(0),
+            error => Err(error),
+        },
+    }
 }

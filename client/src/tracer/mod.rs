@@ -59,6 +59,12 @@ pub(crate) enum Seen {
     /// A directory that was listed; see [`Access::digest`].
     #[n(4)]
     Listing,
+    /// A file that may be executed, where that mattered.
+    #[n(5)]
+    Executable,
+    /// A file that may not be executed, where that mattered.
+    #[n(6)]
+    NotExecutable,
 }
 
 /// One observed input.

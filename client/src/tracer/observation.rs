@@ -4,11 +4,12 @@
 //! run found. What the run makes itself is its own from then on, and no input; a name it found absent and
 //! made afterwards is neither. What it made and left is an output.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io::Read;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 
 use cachec_protocol::Digest;
@@ -51,6 +52,10 @@ struct Entry {
 pub(super) struct Observation {
     entries: BTreeMap<PathBuf, Entry>,
     links: BTreeMap<PathBuf, Digest>,
+    /// Paths that were found to be no links.
+    plain: HashSet<PathBuf>,
+    /// Files whose mode mattered, and whether they may be executed.
+    modes: BTreeMap<PathBuf, bool>,
     listings: BTreeMap<PathBuf, Digest>,
     /// Own files and directories that are there now.
     own: BTreeSet<PathBuf>,
@@ -122,12 +127,22 @@ impl Observation {
         }
     }
 
+    /// A call that asks for permissions.
+    pub(super) fn access(&mut self, path: &Path, for_execution: bool) {
+        let Some(path) = self.resolve(path) else { return };
+        self.note(&path, true, false);
+        if for_execution {
+            self.note_mode(&path);
+        }
+    }
+
     /// A call that starts a program: its file, and the interpreters that the kernel reads for it.
     pub(super) fn execute(&mut self, path: &Path) {
         let mut program = path.to_owned();
         for _ in 0..=MAX_INTERPRETERS {
             let Some(resolved) = self.resolve(&program) else { return };
             self.note(&resolved, true, true);
+            self.note_mode(&resolved);
             match interpreter(&resolved) {
                 Some(next) if next.is_absolute() => program = next,
                 Some(_) => return self.obstruct("relative-interpreter"),
@@ -144,7 +159,7 @@ impl Observation {
         if self.searched.iter().any(|searched| searched == directory) {
             return;
         }
-        match listing_digest(directory, &self.own) {
+        match crate::inputs::listing_digest(directory, |path| !self.own.contains(path)) {
             Ok(digest) => drop(self.listings.insert(directory.to_owned(), digest)),
             Err(_) => self.obstruct("unreadable-directory"),
         }
@@ -180,11 +195,15 @@ impl Observation {
     /// A call that removes a name.
     pub(super) fn remove(&mut self, path: &Path) {
         let Some(path) = self.resolve(path) else { return };
-        if self.own.remove(&path) || self.is_own(&path) || fs::symlink_metadata(&path).is_err() {
+        if self.own.remove(&path) || self.is_own(&path) {
             return;
         }
-        if path.parent() != Some(self.output_directory.as_path()) {
-            self.obstruct("removes-input");
+        if fs::symlink_metadata(&path).is_err() {
+            // Old outputs are removed wherever there are some.
+            if path.parent() != Some(self.output_directory.as_path()) {
+                self.note(&path, false, false);
+            }
+            return;
         }
         self.replace(&path);
         self.own.remove(&path);
@@ -209,8 +228,7 @@ impl Observation {
                 Found::Known(seen) => {
                     inputs.push(Access { seen, path: bytes(path), digest: None, identity: entry.identity });
                 }
-                Found::Special if entry.read => drop(obstacle.get_or_insert("special-file")),
-                Found::Special => {}
+                Found::Special => drop(obstacle.get_or_insert("special-file")),
                 Found::Unreadable => drop(obstacle.get_or_insert("unreadable-path")),
             }
         }
@@ -220,7 +238,11 @@ impl Observation {
         {
             inputs.push(Access { seen, path: bytes(path), digest: Some(*digest), identity: None });
         }
-        let left = |path: &&PathBuf| fs::symlink_metadata(path).is_ok_and(|metadata| !metadata.is_dir());
+        for (path, may) in &self.modes {
+            let seen = if *may { Seen::Executable } else { Seen::NotExecutable };
+            inputs.push(Access { seen, path: bytes(path), digest: None, identity: None });
+        }
+        let left = |path: &&PathBuf| fs::symlink_metadata(path).is_ok();
         let outputs = self.own.iter().filter(left).map(|path| bytes(path).into()).collect();
         Trace { inputs, outputs, obstacle: obstacle.map(str::to_owned), notifications: self.notifications }
     }
@@ -253,18 +275,59 @@ impl Observation {
         if self.links.contains_key(path) {
             return true;
         }
-        if self.entries.contains_key(path) {
+        if self.plain.contains(path) || self.is_own(path) {
             return false;
         }
-        let Ok(target) = fs::read_link(path) else { return false };
-        self.links.insert(path.to_owned(), Digest::of(target.as_os_str().as_bytes()));
-        true
+        match fs::read_link(path) {
+            Ok(target) => {
+                self.links.insert(path.to_owned(), Digest::of(target.as_os_str().as_bytes()));
+                true
+            }
+            Err(_) => {
+                self.plain.insert(path.to_owned());
+                false
+            }
+        }
     }
 
-    /// The run replaces what is at a path, or removes it. If it has read that before, its inputs are gone.
+    /// Notes the links on the way to a path: where one leads elsewhere later, the path means another file,
+    /// though the one that was read is still there.
+    fn note_way(&mut self, path: &Path) {
+        let mut unknown: Vec<&Path> =
+            path.ancestors().take_while(|ancestor| !self.plain.contains(*ancestor)).collect();
+        while let Some(ancestor) = unknown.pop() {
+            if !is_kernels(ancestor) {
+                self.note_link(ancestor);
+            }
+        }
+    }
+
+    /// Notes whether a file may be executed.
+    fn note_mode(&mut self, path: &Path) {
+        if is_kernels(path) || self.is_own(path) || self.modes.contains_key(path) {
+            return;
+        }
+        if let Ok(metadata) = fs::metadata(path).map_err(drop)
+            && metadata.is_file()
+        {
+            if metadata.mode() & (libc::S_ISUID | libc::S_ISGID) != 0 {
+                self.obstruct("set-user-id");
+            }
+            self.modes.insert(path.to_owned(), metadata.mode() & 0o111 != 0);
+        }
+    }
+
+    /// The run replaces what is at a path, or removes it. That is its business in the output directory
+    /// alone, and only where it has not read what was there.
     fn replace(&mut self, path: &Path) {
-        if self.entries.get(path).is_some_and(|entry| entry.read && !entry.own && is_file(entry)) {
-            self.obstruct("modifies-input");
+        if !self.is_own(path)
+            && !is_kernels(path)
+            && fs::symlink_metadata(path).is_ok_and(|now| !now.is_dir())
+        {
+            let was_read = self.entries.get(path).is_some_and(|entry| entry.read);
+            if was_read || path.parent() != Some(self.output_directory.as_path()) {
+                self.obstruct("replaces-file");
+            }
         }
         self.take(path);
     }
@@ -287,6 +350,10 @@ impl Observation {
         if is_kernels(path) {
             return;
         }
+        if let Some(parent) = path.parent().filter(|parent| fs::metadata(parent).is_err()) {
+            // The call fails.
+            return self.note(parent, true, false);
+        }
         self.own.insert(path.to_owned());
         let found = Found::Known(Seen::Absent);
         self.entries
@@ -301,21 +368,23 @@ impl Observation {
             || path.ancestors().skip(1).any(|ancestor| self.own.contains(ancestor))
     }
 
-    /// An absolute path without `.`, `..` and double slashes. Where a directory before a `..` is missing,
-    /// that is what the call finds, and nothing is left to look at.
+    /// An absolute path without `.`, `..` and double slashes; links on the way to it are noted. Where a
+    /// directory before a `..` is missing, that is what the call finds, and nothing is left to look at.
     fn resolve(&mut self, path: &Path) -> Option<PathBuf> {
         if leads_out_of_proc(path) {
             self.obstruct("process-link");
         }
-        if !path.components().any(|component| component == Component::ParentDir) {
-            return Some(path.components().collect());
-        }
+        let components: Vec<Component<'_>> = path.components().collect();
+        let Some(last) = components.iter().rposition(|component| *component == Component::ParentDir) else {
+            let path: PathBuf = components.iter().collect();
+            self.note_way(&path);
+            return Some(path);
+        };
         if let Some(known) = self.resolved.get(path) {
             return Some(known.clone());
         }
-        let components: Vec<Component<'_>> = path.components().collect();
-        let last = components.iter().rposition(|component| *component == Component::ParentDir)?;
         let directory: PathBuf = components[..=last].iter().collect();
+        self.note_links_before_parents(&components[..=last]);
         let Ok(real) = fs::canonicalize(&directory) else {
             self.note_missing_directory(&directory);
             return None;
@@ -323,6 +392,20 @@ impl Observation {
         let resolved = components[last + 1..].iter().fold(real, |real, component| real.join(component));
         self.resolved.insert(path.to_owned(), resolved.clone());
         Some(resolved)
+    }
+
+    /// Notes the links on the way of a path with `..`, each under the name it is reached by.
+    fn note_links_before_parents(&mut self, components: &[Component<'_>]) {
+        let mut walked = PathBuf::new();
+        for component in components {
+            if *component == Component::ParentDir {
+                self.note_way(&walked);
+                let Ok(real) = fs::canonicalize(&walked) else { return };
+                walked = real.parent().map(Path::to_owned).unwrap_or(real);
+            } else {
+                walked.push(component);
+            }
+        }
     }
 
     /// Notes the first directory on the way of a path with `..` that is not there.
@@ -341,10 +424,6 @@ impl Observation {
     }
 }
 
-fn is_file(entry: &Entry) -> bool {
-    entry.found == Found::Known(Seen::File)
-}
-
 fn is_kernels(path: &Path) -> bool {
     KERNEL_DIRECTORIES.iter().any(|directory| path.starts_with(directory)) && !path.starts_with(SHARED_MEMORY)
 }
@@ -353,24 +432,23 @@ fn bytes(path: &Path) -> Vec<u8> {
     path.as_os_str().as_bytes().to_vec()
 }
 
-/// Whether a path goes through a process's working or root directory to an ordinary file.
+/// Whether a path goes through a process's working directory, root directory or open directory to an
+/// ordinary file.
 fn leads_out_of_proc(path: &Path) -> bool {
-    let through = |name: &str| path.components().rev().skip(1).any(|part| part.as_os_str() == name);
-    path.starts_with("/proc") && (through("cwd") || through("root"))
-}
-
-/// Digest of a directory's sorted names, each followed by NUL, without the run's own.
-fn listing_digest(directory: &Path, own: &BTreeSet<PathBuf>) -> io::Result<Digest> {
-    let mut names = fs::read_dir(directory)?
-        .map(|entry| Ok(entry?.file_name()))
-        .filter(|name| name.as_ref().map_or(true, |name| !own.contains(&directory.join(name))))
-        .collect::<io::Result<Vec<OsString>>>()?;
-    names.sort_unstable();
-    Ok(crate::inputs::listing_digest(&names))
+    let names: Vec<&OsStr> = path.components().map(Component::as_os_str).collect();
+    let followed_by = |name: &str, count: usize| {
+        names.iter().position(|part| *part == name).is_some_and(|at| names.len() > at + count)
+    };
+    (path.starts_with("/proc") && (followed_by("cwd", 1) || followed_by("root", 1) || followed_by("fd", 2)))
+        || (path.starts_with("/dev/fd") && names.len() > 4)
 }
 
 /// The interpreter that the kernel starts for a program: a script's, or an ELF file's dynamic loader.
 fn interpreter(program: &Path) -> Option<PathBuf> {
+    // Opening a pipe would wait for its writer.
+    if !fs::metadata(program).is_ok_and(|metadata| metadata.is_file()) {
+        return None;
+    }
     let mut start = Vec::new();
     File::open(program).ok()?.take(4096).read_to_end(&mut start).ok()?;
     if let Some(script) = start.strip_prefix(b"#!") {

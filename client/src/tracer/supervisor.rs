@@ -162,112 +162,161 @@ pub(crate) fn serve_leftover(listener: &OwnedFd) {
 }
 
 fn observe(listener: &OwnedFd, notification: &Notification, observation: &mut Observation) {
-    let task = notification.pid;
-    let arguments = notification.data.args;
+    let call = Call { task: notification.pid, arguments: notification.data.args };
     let operation = syscalls::operation(notification.data.nr, notification.data.arch);
-    let read = |name: Name| {
-        let directory = name.directory.map(|position| arguments[position]);
-        read_path(task, directory, arguments[name.path])
-            .filter(|_| filter::is_waiting(listener, notification))
-    };
-    let flags = |position: usize| lower_half(arguments[position]).cast_signed();
-    match operation {
-        Operation::Open(name, position) => with(read(name), |path| observation.open(path, flags(position))),
-        Operation::OpenHow(name, position) => {
-            let mut how = [0; 8];
-            filter::read_memory(task, arguments[position], &mut how);
-            let flags = lower_half(u64::from_ne_bytes(how));
-            with(read(name), |path| observation.open(path, flags.cast_signed()));
-        }
-        Operation::Create(name) => {
-            with(read(name), |path| observation.open(path, libc::O_CREAT | libc::O_WRONLY | libc::O_TRUNC));
-        }
-        Operation::Look(name, position) => {
-            let follow = position.is_none_or(|position| flags(position) & libc::AT_SYMLINK_NOFOLLOW == 0);
-            with(read(name), |path| observation.look(path, follow));
-        }
-        Operation::LookAtLink(name) => with(read(name), |path| observation.look(path, false)),
-        Operation::Execute(name) => match read(name) {
-            Some(path) => observation.execute(&path),
-            None => observation.obstruct("unnamed-program"),
-        },
-        Operation::Rename(from, to) => {
-            with(read(from), |from| with(read(to), |to| observation.rename(from, to)));
-        }
-        Operation::Link(from, to) => with(read(from), |from| with(read(to), |to| observation.link(from, to))),
-        Operation::Make(name) => with(read(name), |path| observation.make(path)),
-        Operation::Remove(name) => with(read(name), |path| observation.remove(path)),
-        Operation::Modify(name) => with(read(name), |path| observation.modify(path)),
-        Operation::List => with(descriptor_path(task, arguments[0]), |path| observation.list(path)),
-        Operation::Connect(position) => {
-            if !is_name_service(task, arguments[position]) {
-                observation.obstruct("local-socket");
+    // Whoever is gone did nothing.
+    if call.note(operation, observation).is_err() && filter::is_waiting(listener, notification) {
+        observation.obstruct("unreadable-process");
+    }
+}
+
+/// A stopped call's task and arguments.
+struct Call {
+    task: u32,
+    arguments: [u64; 6],
+}
+
+impl Call {
+    /// Notes what a call is about to do.
+    ///
+    /// # Errors
+    /// Where the task's memory or descriptors cannot be looked at.
+    fn note(&self, operation: Operation, observation: &mut Observation) -> io::Result<()> {
+        let with = |name: Name, action: &mut dyn FnMut(&Path)| -> io::Result<()> {
+            self.path(name).map(|path| path.iter().for_each(|path| action(path)))
+        };
+        match operation {
+            Operation::Open(name, flags) => {
+                with(name, &mut |path| observation.open(path, self.number(flags)))
+            }
+            Operation::OpenHow(name, how) => self.open_how(name, self.arguments[how], observation),
+            Operation::Create(name) => {
+                let flags = libc::O_CREAT | libc::O_WRONLY | libc::O_TRUNC;
+                with(name, &mut |path| observation.open(path, flags))
+            }
+            Operation::Look(name, flags) => {
+                let follow = flags.is_none_or(|flags| self.number(flags) & libc::AT_SYMLINK_NOFOLLOW == 0);
+                with(name, &mut |path| observation.look(path, follow))
+            }
+            Operation::Access(name, mode) => {
+                let for_execution = self.number(mode) & libc::X_OK != 0;
+                with(name, &mut |path| observation.access(path, for_execution))
+            }
+            Operation::LookAtLink(name) => with(name, &mut |path| observation.look(path, false)),
+            Operation::Execute(name) => {
+                match self.path(name)? {
+                    Some(path) => observation.execute(&path),
+                    None => observation.obstruct("unnamed-program"),
+                }
+                Ok(())
+            }
+            Operation::Rename(from, to) => with(from, &mut |from| {
+                self.path(to).iter().flatten().for_each(|to| observation.rename(from, to));
+            }),
+            Operation::Link(from, to) => with(from, &mut |from| {
+                self.path(to).iter().flatten().for_each(|to| observation.link(from, to));
+            }),
+            Operation::Make(name) => with(name, &mut |path| observation.make(path)),
+            Operation::Remove(name) => with(name, &mut |path| observation.remove(path)),
+            Operation::Modify(name) => with(name, &mut |path| observation.modify(path)),
+            Operation::List => {
+                descriptor_path(self.task, self.arguments[0])?.iter().for_each(|path| observation.list(path));
+                Ok(())
+            }
+            Operation::Connect(address) => {
+                if !is_name_service(self.task, self.arguments[address])? {
+                    observation.obstruct("local-socket");
+                }
+                Ok(())
+            }
+            Operation::Network => {
+                observation.obstruct("network");
+                Ok(())
+            }
+            Operation::Escape(reason) => {
+                observation.obstruct(reason);
+                Ok(())
             }
         }
-        Operation::Network => observation.obstruct("network"),
-        Operation::Escape(reason) => observation.obstruct(reason),
+    }
+
+    /// `openat2`, whose flags are in a structure: flags, mode and ways to resolve, 8 bytes each.
+    fn open_how(&self, name: Name, how: u64, observation: &mut Observation) -> io::Result<()> {
+        let mut structure = [0; 24];
+        filter::read_memory(self.task, how, &mut structure)?;
+        let field = |at: usize| u64::from_ne_bytes(std::array::from_fn(|index| structure[at + index]));
+        if field(16) & libc::RESOLVE_IN_ROOT != 0 {
+            observation.obstruct("resolve-in-root");
+        }
+        if let Some(path) = self.path(name)? {
+            observation.open(&path, lower_half(field(0)).cast_signed());
+        }
+        Ok(())
+    }
+
+    /// An argument that the kernel takes as an `int`.
+    fn number(&self, position: usize) -> i32 {
+        lower_half(self.arguments[position]).cast_signed()
+    }
+
+    /// The absolute path that the call names; `None` where it names none: the call fails, or is about an
+    /// open file.
+    fn path(&self, name: Name) -> io::Result<Option<PathBuf>> {
+        let Some(text) = read_text(self.task, self.arguments[name.path])?.filter(|text| !text.is_empty())
+        else {
+            return Ok(None);
+        };
+        let path = Path::new(std::ffi::OsStr::from_bytes(&text)).to_owned();
+        if path.is_absolute() {
+            return Ok(Some(path));
+        }
+        let directory = name.directory.map(|position| self.arguments[position]);
+        let base = match directory.filter(|descriptor| !syscalls::is_working_directory(*descriptor)) {
+            Some(descriptor) => descriptor_path(self.task, descriptor)?,
+            None => Some(fs::read_link(format!("/proc/{}/cwd", self.task))?),
+        };
+        Ok(base.map(|base| base.join(path)))
     }
 }
 
 /// Whether a socket's address is that of a local service that the C library asks for users and hosts.
 /// Those answer from files that it would read itself.
-fn is_name_service(task: u32, address: u64) -> bool {
+fn is_name_service(task: u32, address: u64) -> io::Result<bool> {
     let mut family = [0; 2];
-    filter::read_memory(task, address, &mut family);
-    let path = read_text(task, address.saturating_add(2)).unwrap_or_default();
+    filter::read_memory(task, address, &mut family)?;
+    let path = read_text(task, address.saturating_add(2))?.unwrap_or_default();
     let services: [&[u8]; 3] = [b"/run/nscd/", b"/var/run/nscd/", b"/run/systemd/userdb/"];
-    i32::from(u16::from_ne_bytes(family)) == libc::AF_UNIX
-        && services.iter().any(|start| path.starts_with(start))
+    let is_local = i32::from(u16::from_ne_bytes(family)) == libc::AF_UNIX;
+    Ok(is_local && services.iter().any(|start| path.starts_with(start)))
 }
 
-fn with(path: Option<PathBuf>, action: impl FnOnce(&Path)) {
-    if let Some(path) = path {
-        action(&path);
+/// The path of an open file, as the kernel knows it; `None` for what has none, or is not open.
+fn descriptor_path(task: u32, descriptor: u64) -> io::Result<Option<PathBuf>> {
+    match fs::read_link(format!("/proc/{task}/fd/{}", lower_half(descriptor))) {
+        Ok(path) => Ok(Some(path).filter(|path| path.is_absolute())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
     }
 }
 
-/// The absolute path that a call names; `None` where it names none (the call fails, or is about an open
-/// file).
-fn read_path(task: u32, directory: Option<u64>, address: u64) -> Option<PathBuf> {
-    let path = read_text(task, address)?;
-    if path.is_empty() {
-        return None;
-    }
-    let path = Path::new(std::ffi::OsStr::from_bytes(&path)).to_owned();
-    if path.is_absolute() {
-        return Some(path);
-    }
-    let base = match directory {
-        Some(descriptor) if !syscalls::is_working_directory(descriptor) => descriptor_path(task, descriptor)?,
-        _ => fs::read_link(format!("/proc/{task}/cwd")).ok()?,
-    };
-    Some(base.join(path))
-}
-
-/// The path of an open file, as the kernel knows it.
-fn descriptor_path(task: u32, descriptor: u64) -> Option<PathBuf> {
-    fs::read_link(format!("/proc/{task}/fd/{}", lower_half(descriptor)))
-        .ok()
-        .filter(|path| path.is_absolute())
-}
-
-/// Reads a NUL-terminated text, a page at a time: the next one may not be mapped.
-fn read_text(task: u32, address: u64) -> Option<Vec<u8>> {
+/// Reads a NUL-terminated text, a page at a time: the next one may not be mapped. `None` where it does not
+/// end, or is not there.
+fn read_text(task: u32, address: u64) -> io::Result<Option<Vec<u8>>> {
     let mut text = Vec::new();
     let mut position = address;
     while text.len() < MAX_PATH_BYTES {
         let in_page = usize::try_from(PAGE_BYTES - position % PAGE_BYTES).unwrap_or(1);
         let mut part = vec![0; in_page.min(256)];
-        let count = filter::read_memory(task, position, &mut part);
+        let count = filter::read_memory(task, position, &mut part)?;
         if count == 0 {
-            return None;
+            return Ok(None);
         }
         if let Some(end) = memchr::memchr(0, &part[..count]) {
             text.extend_from_slice(&part[..end]);
-            return Some(text);
+            return Ok(Some(text));
         }
         text.extend_from_slice(&part[..count]);
-        position = position.checked_add(count as u64)?;
+        position = position.saturating_add(count as u64);
     }
-    None
+    Ok(None)
 }
