@@ -6,7 +6,7 @@ use crate::config::{Config, Mode, Surroundings};
 use crate::connect::Address;
 use crate::local::LocalTier;
 use crate::remote::Remote;
-use crate::tracer::{Places, Tracer};
+use crate::tracer::{Places, Trace, Tracer};
 
 /// One thing that was tried: what it is, and how it went.
 struct Finding {
@@ -86,6 +86,9 @@ fn try_tracer() -> Result<String, String> {
     tracer.started();
     let trace = tracer.finish();
     match (status, trace) {
+        (Ok(_), Some(Trace { obstacle: Some(obstacle), .. })) => {
+            Err(format!("it cannot observe here: {obstacle}"))
+        }
         (Ok(status), Some(trace)) if status.success() => {
             Ok(format!("works; {} calls observed in a test", trace.notifications))
         }

@@ -55,9 +55,6 @@ pub(crate) fn from_trace(
     memo: &Memo,
     started_ns: i64,
 ) -> Result<Vec<Input>, NotStorable> {
-    if let Some(obstacle) = &trace.obstacle {
-        return Err(NotStorable::Observed(obstacle.clone()));
-    }
     let gatherer = Gatherer { unit, memo, started_ns };
     let mut inputs = Vec::new();
     for access in trace.inputs.iter().filter(|access| !is_left_out(unit, access)) {

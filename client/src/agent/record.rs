@@ -68,6 +68,7 @@ pub(crate) struct Stores<'a> {
 pub(crate) fn open_outputs(unit: &Unit, trace: Option<&Trace>) -> Result<OpenOutputs, NotStorable> {
     let required = unit.invocation.required_outputs();
     let names = match trace {
+        Some(Trace { obstacle: Some(obstacle), .. }) => return Err(NotStorable::Observed(obstacle.clone())),
         Some(trace) => observed_outputs(unit, trace)?,
         None if unit.needs_trace => return Err(NotStorable::Untraced),
         None => required.clone(),
