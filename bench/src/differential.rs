@@ -27,11 +27,10 @@ const PROGRAMS: &[&str] = &[
     "sd@1.0.0",
     "hexyl@0.17.0",
     "du-dust@1.2.7",
-    "xsv@0.13.0",
     "typos-cli@1.52.0",
 ];
 
-/// Runs the comparison for some programs (`name@version`), or a list of thirteen.
+/// Runs the comparison for some programs (`name@version`), or a list of twelve.
 ///
 /// # Errors
 /// Where a build fails, or a restored file differs.

@@ -19,7 +19,7 @@ enum Command {
     },
     /// Compares restored builds of real programs with plain ones, byte for byte
     Differential {
-        /// Programs as name@version; a list of thirteen where none is named
+        /// Programs as name@version; a list of twelve where none is named
         programs: Vec<String>,
         /// Cargo's command: build or check
         #[arg(long, default_value = "build")]

@@ -107,14 +107,16 @@ impl LocalTier {
         }
     }
 
-    /// Path of an object whose content is verified; a corrupt one is removed.
+    /// Path of an object whose content is verified, and the identity it was verified under; a corrupt one
+    /// is removed.
     ///
     /// # Errors
     /// `NotFound` where it is absent, `InvalidData` where it was corrupt.
-    pub(crate) fn object(&self, digest: &Digest, memo: &Memo) -> io::Result<PathBuf> {
+    pub(crate) fn object(&self, digest: &Digest, memo: &Memo) -> io::Result<(PathBuf, Identity)> {
         let path = self.object_path(digest);
-        if memo.digest(&path)?.0 == *digest {
-            return Ok(path);
+        let (present, identity) = memo.digest(&path)?;
+        if present == *digest {
+            return Ok((path, identity));
         }
         let _ = fs::remove_file(&path);
         Err(io::Error::new(io::ErrorKind::InvalidData, "corrupt object"))
@@ -292,7 +294,7 @@ mod tests {
         assert_eq!(reopened.manifest(&result.action_key), std::slice::from_ref(&result));
         reopened.take_stock();
         assert_eq!(reopened.stored_bytes(), 7);
-        let object = reopened.object(&result.outputs[0].digest, &Memo::default()).unwrap();
+        let (object, _) = reopened.object(&result.outputs[0].digest, &Memo::default()).unwrap();
         assert_eq!(fs::read(object).unwrap(), b"content");
     }
 

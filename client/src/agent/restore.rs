@@ -56,7 +56,7 @@ pub(crate) fn from_local(
     for output in &result.outputs {
         let object = tier.object(&output.digest, memo)?;
         files.push(match output.kind {
-            OutputKind::Text => stager.text(output, &fs::read(&object)?)?,
+            OutputKind::Text => stager.text(output, &fs::read(&object.0)?)?,
             OutputKind::Binary => stager.place(output, &object)?,
         });
     }
@@ -178,7 +178,7 @@ impl<'a> Stager<'a> {
     }
 
     /// Clones, else hard-links where that is safe, else copies a verified object.
-    fn place(&self, output: &Output, object: &Path) -> io::Result<Staged> {
+    fn place(&self, output: &Output, (object, verified): &(PathBuf, Identity)) -> io::Result<Staged> {
         let mut staged = self.new_file(output)?;
         let cloned = rustix::fs::ioctl_ficlone(staged.as_file(), File::open(object)?).is_ok();
         if !cloned && self.may_link(output, object) {
@@ -189,8 +189,14 @@ impl<'a> Stager<'a> {
             }
             staged = self.new_file(output)?;
         }
-        if !cloned {
-            // Counts and hashes again: the object may have been changed since it was verified.
+        let unchanged = if cloned {
+            Identity::of(&fs::metadata(object)?) == *verified
+        } else {
+            copy_unchanged(object, verified, staged.as_file_mut())?
+        };
+        if !unchanged {
+            // The object has another link since, or other content: the digest tells.
+            staged = self.new_file(output)?;
             copy_checked(&mut File::open(object)?, staged.as_file_mut(), output)?;
         }
         self.staged(output, staged.into_temp_path(), output.digest)
@@ -246,6 +252,14 @@ pub(crate) fn keep_bytes(tier: &LocalTier, bytes: &[u8], digest: &Digest, memo: 
     let mut staged = tier.stage()?;
     staged.write_all(bytes)?;
     tier.keep_object(staged, digest, memo)
+}
+
+/// Copies an object that was verified under an identity, within the kernel; says whether it still had that
+/// identity afterwards, and so the same content all the time.
+fn copy_unchanged(object: &Path, verified: &Identity, target: &mut File) -> io::Result<bool> {
+    let mut source = File::open(object)?;
+    io::copy(&mut source, target)?;
+    Ok(Identity::of(&source.metadata()?) == *verified)
 }
 
 /// Copies exactly an output's bytes and checks their digest.
