@@ -455,6 +455,7 @@ fn a_compiler_that_is_killed_is_reported_as_killed() -> Result<()> {
         bench.project.wipe()?;
         let build = bench.machine.cargo(&bench.project.root, &["build"])?;
         assert!(!build.success && build.stderr.contains(name), "{signal}: {}", build.stderr);
+        assert_eq!(build.compiled, ["leaf"], "{signal}: started again");
     }
     Ok(())
 }

@@ -75,7 +75,9 @@ pub(crate) fn run_recorded(
     let trace = tracer.and_then(Tracer::finish);
     // Where the reader of this process's output is gone, nobody misses the rest.
     let (stdout, stderr) = (stdout.unwrap_or_default(), stderr.unwrap_or_default());
-    let failed_unheard = !status.success() && !translator.is_empty() && !stdout.heard && !stderr.heard;
+    // Paths are not to blame for a signal.
+    let failed = status.code().is_some_and(|code| code != 0);
+    let failed_unheard = failed && !translator.is_empty() && !stdout.heard && !stderr.heard;
     if !failed_unheard {
         let _ = io::stdout().write_all(&stdout.held);
         let _ = io::stderr().write_all(&stderr.held);
