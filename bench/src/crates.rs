@@ -1,4 +1,4 @@
-//! Real programs from crates.io as benchmark inputs.
+//! Real programs from the package registry, as benchmark inputs.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -61,6 +61,6 @@ fn fetch_archive(name: &str, version: &str) -> anyhow::Result<PathBuf> {
         .status()?;
     match find() {
         Some(archive) if status.success() => Ok(archive),
-        _ => bail!("{name} {version} could not be fetched from crates.io"),
+        _ => bail!("{name} {version} could not be fetched from the package registry"),
     }
 }
