@@ -47,3 +47,34 @@ pub fn files_below(directory: &Path) -> anyhow::Result<Vec<PathBuf>> {
     }
     Ok(files)
 }
+
+/// Stores every result of `tier` also under the action that made the same outputs in `changed`: what a cache
+/// would have whose keys did not tell the two apart. Returns how many there were.
+///
+/// # Errors
+/// Where a tier cannot be read or written.
+pub fn confuse_actions(tier: &Path, changed: &Path) -> anyhow::Result<usize> {
+    let results = |tier: &Path| -> anyhow::Result<Vec<PublishRequest>> {
+        files_below(&tier.join("v1/results"))?.iter().map(|file| Ok(decode(&fs::read(file)?)?)).collect()
+    };
+    let names = |publish: &PublishRequest| -> Vec<String> {
+        publish.result.outputs.iter().map(|output| output.name.clone()).collect()
+    };
+    let mut confused = 0;
+    let known = results(tier)?;
+    for other in results(changed)? {
+        let key = other.result.action_key;
+        for publish in
+            known.iter().filter(|known| names(known) == names(&other) && known.result.action_key != key)
+        {
+            let mut publish = publish.clone();
+            publish.result.action_key = key;
+            let name = key.to_string();
+            let directory = tier.join("v1/results").join(&name[..2]).join(&name);
+            fs::create_dir_all(&directory)?;
+            fs::write(directory.join(publish.result.result_key().to_string()), encode(&publish))?;
+            confused += 1;
+        }
+    }
+    Ok(confused)
+}

@@ -525,3 +525,35 @@ fn executing_a_pipe_does_not_hang() -> Result<()> {
     assert_eq!(case.project.run_app()?, "false");
     Ok(())
 }
+
+#[test]
+fn a_declared_variable_that_a_proc_macro_reads() -> Result<()> {
+    let mut case =
+        Case::new(PRINT_MADE, &["maker"])?.with_macro("std::env::var(\"SETTING\").unwrap_or_default()")?;
+    let tier = |case: &Case, name: &str| case.machine.path(name).to_string_lossy().into_owned();
+    case.machine.set("CACHEC_ENV", "SETTING");
+    for (setting, compiled) in [("one", true), ("two", true), ("one", false), ("two", false)] {
+        case.machine.set("SETTING", setting);
+        case.machine.set("CACHEC_DIR", tier(&case, if setting == "one" { "tier" } else { "changed" }));
+        assert_eq!(!case.build()?.compiled.is_empty(), compiled, "{setting}");
+        assert_eq!(case.project.run_app()?, setting);
+    }
+    // In one tier the two are told apart, by the action key alone.
+    case.machine.set("CACHEC_DIR", tier(&case, "tier"));
+    assert!(!case.build()?.compiled.is_empty());
+    assert_eq!(case.project.run_app()?, "two");
+    case.machine.set("CACHEC_DIR", tier(&case, "forged"));
+    case.machine.set("SETTING", "one");
+    case.build()?;
+    let (forged, changed) = (case.machine.path("forged"), case.machine.path("changed"));
+    let confused = cachec_bench::tier::confuse_actions(&forged, &changed)?;
+    assert!(confused > 0, "no action to confuse");
+    case.machine.set("SETTING", "two");
+    case.build()?;
+    assert_eq!(
+        case.project.run_app()?,
+        "one",
+        "the negative control: with one key for both, the stale program"
+    );
+    Ok(())
+}
