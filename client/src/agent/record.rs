@@ -249,15 +249,29 @@ impl<'a> Packer<'a> {
         let OpenOutput { name, mut file, identity, executable } = opened;
         let mut object = self.stores.tier.map(LocalTier::stage).transpose()?;
         let digest = self.read_chunks(&mut file, object.as_mut())?;
-        let after = Identity::of(&file.metadata()?);
+        let mut after = Identity::of(&file.metadata()?);
         if !after.same_content_times(&identity) {
-            return Err(NotStorable::OutputChanged);
+            // Cargo sets the mtime of what it has checked. The content must be what was read.
+            after = self.confirm(&mut file, &digest)?;
         }
         if let (Some(tier), Some(object)) = (self.stores.tier, object) {
             tier.keep_object(object, &digest, self.stores.memo)?;
         }
         self.stores.memo.remember(after, digest);
         Ok(Output { name, kind: OutputKind::Binary, executable, digest, size_bytes: identity.size_bytes })
+    }
+
+    /// Reads a file again whose times have changed while it was read; its identity, if its content has not.
+    fn confirm(&self, file: &mut File, digest: &Digest) -> Result<Identity, NotStorable> {
+        let before = Identity::of(&file.metadata()?);
+        file.seek(SeekFrom::Start(0))?;
+        let present = Digest::from(blake3::Hasher::new().update_reader(&*file)?.finalize());
+        let after = Identity::of(&file.metadata()?);
+        if present == *digest && after.same_content_times(&before) {
+            Ok(after)
+        } else {
+            Err(NotStorable::OutputChanged)
+        }
     }
 
     fn read_chunks(&mut self, file: &mut File, mut object: Option<&mut NamedTempFile>) -> io::Result<Digest> {
