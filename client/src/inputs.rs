@@ -217,18 +217,30 @@ impl Gatherer<'_> {
     /// A file that the tracer has seen: it must still be the one that was there then. Somebody may have
     /// exchanged a directory or a link on the way to it.
     fn seen_file(&self, access: &Access) -> Result<Input, NotStorable> {
-        let (digest, identity) = self
-            .memo
-            .digest(Path::new(OsStr::from_bytes(&access.path)))
-            .map_err(|_| NotStorable::UnreadableInput)?;
+        let path = Path::new(OsStr::from_bytes(&access.path));
+        let (digest, identity) = self.memo.digest(path).map_err(|_| NotStorable::UnreadableInput)?;
         let seen = access.identity.ok_or(NotStorable::UnreadableInput)?;
         // A new link to the file changes its ctime alone, but so does whoever sets the old mtime again.
         let unchanged =
             identity == seen || (identity.same_content_times(&seen) && identity.ctime_ns <= self.started_ns);
-        if !unchanged {
+        // Cargo sets the times of a dependency that it has checked while dependents run; compilers replace
+        // such files by others.
+        let retimed = identity.same_file(&seen) && self.is_dependency(path);
+        if !unchanged && !retimed {
             return Err(NotStorable::InputChanged);
         }
         self.input(InputKind::File, &access.path, Some(digest))
+    }
+
+    /// Whether a file is a compiled library in one of the directories where dependencies are searched.
+    fn is_dependency(&self, path: &Path) -> bool {
+        let is_library =
+            path.extension().is_some_and(|extension| extension == "rmeta" || extension == "rlib");
+        let mut directories = self.unit.invocation.searched_directories();
+        is_library
+            && directories.any(|directory| {
+                path.parent() == Some(&self.unit.working_directory.join(OsStr::from_bytes(directory)))
+            })
     }
 
     /// A variable that was read. Where its value names a root, the output may depend on the path itself:

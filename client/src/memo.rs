@@ -54,6 +54,11 @@ impl Identity {
         }
     }
 
+    /// Whether it is the same file of the same size, whatever its times.
+    pub(crate) fn same_file(&self, other: &Self) -> bool {
+        (self.device, self.inode, self.size_bytes) == (other.device, other.inode, other.size_bytes)
+    }
+
     /// Whether only the ctime may differ, as after a rename or a new hard link.
     pub(crate) fn same_content_times(&self, other: &Self) -> bool {
         Self { ctime_ns: other.ctime_ns, ..*self } == *other
