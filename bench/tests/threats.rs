@@ -449,19 +449,22 @@ fn tests_checks_and_lints_say_the_same_cold_and_warm() -> Result<()> {
 
 #[test]
 fn a_directory_link_that_leads_elsewhere() -> Result<()> {
-    let bodies = [
-        "let mut names: Vec<_> = std::fs::read_dir(\"app/data\").unwrap()\
-         .map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect(); names.sort(); names.join(\" \")",
-        "std::fs::read_to_string(\"app/data/../up.txt\").unwrap()",
-        "let output = std::process::Command::new(\"sh\").args([\"-c\", \"cd app/data && cat only.txt\"]).output();\
-         String::from_utf8(output.unwrap().stdout).unwrap()",
+    let cases = [
+        (
+            "let mut names: Vec<_> = std::fs::read_dir(\"app/data\").unwrap()\
+             .map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect(); names.sort(); names.join(\" \")",
+            "only.txt",
+            "more.txt only.txt",
+        ),
+        ("std::fs::read_to_string(\"app/data/../up.txt\").unwrap()", "a", "b"),
+        (
+            "let output = std::process::Command::new(\"sh\").args([\"-c\", \"cd app/data && cat only.txt\"]).output();\
+             String::from_utf8(output.unwrap().stdout).unwrap()",
+            "a",
+            "b",
+        ),
     ];
-    for (body, before, after) in bodies
-        .into_iter()
-        .zip(["only.txt", "a", "a"])
-        .zip(["more.txt only.txt", "b", "b"])
-        .map(|((body, before), after)| (body, before, after))
-    {
+    for (body, before, after) in cases {
         let case = Case::new(PRINT_MADE, &["maker"])?.with_macro(body)?;
         for (name, letter) in [("first", "a"), ("second", "b")] {
             case.project.write(&format!("app/{name}/up.txt"), letter)?;

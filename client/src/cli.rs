@@ -20,7 +20,7 @@ const COMMANDS: [&str; 7] = ["agent", "doctor", "flush", "help", "serve-leftover
 
 /// A compile cache: set RUSTC_WRAPPER=cachec and build.
 #[derive(Debug, Parser)]
-#[command(name = "cachec", version, disable_help_subcommand = false)]
+#[command(name = "cachec", version)]
 struct Cli {
     #[command(subcommand)]
     command: Command,

@@ -69,10 +69,7 @@ pub(crate) fn from_trace(
         });
     }
     gatherer.searched_programs(trace, &mut inputs);
-    gatherer.paths_in_sources(dep_info, &mut inputs);
-    for (name, value) in &dep_info.variables {
-        gatherer.variable(name, value.as_deref(), dep_info, &mut inputs)?;
-    }
+    gatherer.in_sources(dep_info, &mut inputs)?;
     Ok(inputs)
 }
 
@@ -126,17 +123,14 @@ pub(crate) fn gather(
         // Of `name=path` values (profile-use=…, linker=…, target=spec.json) the last part may be a file.
         let value = argument.value.as_deref().unwrap_or_default();
         let path = value.rsplit(|byte| *byte == b'=').next().unwrap_or_default();
-        if unit.working_directory.join(OsStr::from_bytes(path)).is_file() {
+        if unit.absolute(path).is_file() {
             inputs.push(gatherer.file(path)?);
         }
     }
     for directory in unit.invocation.searched_directories() {
         gatherer.loadable_files(directory, &mut inputs)?;
     }
-    gatherer.paths_in_sources(dep_info, &mut inputs);
-    for (name, value) in &dep_info.variables {
-        gatherer.variable(name, value.as_deref(), dep_info, &mut inputs)?;
-    }
+    gatherer.in_sources(dep_info, &mut inputs)?;
     Ok(inputs)
 }
 
@@ -148,7 +142,7 @@ struct Gatherer<'a> {
 
 impl Gatherer<'_> {
     fn file(&self, path: &[u8]) -> Result<Input, NotStorable> {
-        let absolute = self.unit.working_directory.join(OsStr::from_bytes(path));
+        let absolute = self.unit.absolute(path);
         let (digest, identity) = self.memo.digest(&absolute).map_err(|_| NotStorable::UnreadableInput)?;
         // Whoever changes a file can set its mtime, but not its ctime.
         if identity.ctime_ns > self.started_ns {
@@ -182,20 +176,27 @@ impl Gatherer<'_> {
         }));
     }
 
-    /// A source that names a root by its path means that place, wherever the root is: the result is bound.
-    fn paths_in_sources(&self, dep_info: &DepInfo, inputs: &mut Vec<Input>) {
+    /// What the sources say themselves: the variables they read, and roots they name. A source that names a
+    /// root by its path means that place, wherever the root is: the result is bound.
+    fn in_sources(&self, dep_info: &DepInfo, inputs: &mut Vec<Input>) -> Result<(), NotStorable> {
         for file in &dep_info.files {
-            let text =
-                fs::read(self.unit.working_directory.join(OsStr::from_bytes(file))).unwrap_or_default();
-            inputs.extend(
-                self.unit.roots.found_in(&text).into_iter().filter_map(|root| root_input(self.unit, root)),
-            );
+            let text = fs::read(self.unit.absolute(file)).unwrap_or_default();
+            inputs.extend(self.bindings(&text));
         }
+        for (name, value) in &dep_info.variables {
+            self.variable(name, value.as_deref(), dep_info, inputs)?;
+        }
+        Ok(())
+    }
+
+    /// The inputs that bind a result to the roots found in a text.
+    fn bindings(&self, text: &[u8]) -> impl Iterator<Item = Input> {
+        self.unit.roots.found_in(text).into_iter().filter_map(|root| root_input(self.unit, root))
     }
 
     /// A name at which nothing is; if something is there, the compiler did not mind.
     fn absent(&self, path: &[u8], inputs: &mut Vec<Input>) -> Result<(), NotStorable> {
-        let absolute = self.unit.working_directory.join(OsStr::from_bytes(path));
+        let absolute = self.unit.absolute(path);
         if fs::symlink_metadata(absolute).is_err() {
             inputs.push(self.input(InputKind::Absent, path, None)?);
         }
@@ -205,7 +206,7 @@ impl Gatherer<'_> {
     /// The proc macros in a search directory: the compiler loads those of its dependencies' dependencies,
     /// and nobody says which. Their native code is not in any crate's hash.
     fn loadable_files(&self, directory: &[u8], inputs: &mut Vec<Input>) -> Result<(), NotStorable> {
-        for entry in fs::read_dir(self.unit.working_directory.join(OsStr::from_bytes(directory)))? {
+        for entry in fs::read_dir(self.unit.absolute(directory))? {
             let path = entry?.path();
             if path.extension().is_some_and(|extension| extension == "so") {
                 inputs.push(self.file(path.as_os_str().as_bytes())?);
@@ -237,10 +238,7 @@ impl Gatherer<'_> {
         let is_library =
             path.extension().is_some_and(|extension| extension == "rmeta" || extension == "rlib");
         let mut directories = self.unit.invocation.searched_directories();
-        is_library
-            && directories.any(|directory| {
-                path.parent() == Some(&self.unit.working_directory.join(OsStr::from_bytes(directory)))
-            })
+        is_library && directories.any(|directory| path.parent() == Some(&self.unit.absolute(directory)))
     }
 
     /// A variable that was read. Where its value names a root, the output may depend on the path itself:
@@ -256,8 +254,7 @@ impl Gatherer<'_> {
         inputs.push(Input { kind: InputKind::Environment, name: name.to_vec(), digest });
         let value = value.unwrap_or_default();
         if !self.is_for_inclusion_alone(name, dep_info) {
-            let roots = self.unit.roots.found_in(&[value, b"/"].concat());
-            inputs.extend(roots.into_iter().filter_map(|root| root_input(self.unit, root)));
+            inputs.extend(self.bindings(&[value, b"/"].concat()));
         }
         Ok(())
     }
@@ -267,7 +264,7 @@ impl Gatherer<'_> {
         let quoted = [b"\"", name, b"\""].concat();
         let mut mentions = 0;
         for file in dep_info.files.iter().filter(|file| file.ends_with(b".rs")) {
-            let path = self.unit.working_directory.join(OsStr::from_bytes(file));
+            let path = self.unit.absolute(file);
             let Ok(mut text) = fs::read(path) else { return false };
             text.retain(|byte| !byte.is_ascii_whitespace());
             for at in memchr::memmem::find_iter(&text, &quoted) {

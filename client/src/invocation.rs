@@ -114,6 +114,14 @@ impl Invocation {
         self.values("-C incremental").next().is_some()
     }
 
+    /// Whether the linker writes the way from the output to its libraries into it.
+    pub(crate) fn writes_rpath(&self) -> bool {
+        let last = self.arguments.iter().rev().find(|argument| argument.flag == "-C rpath");
+        last.is_some_and(|argument| {
+            !matches!(argument.value.as_deref(), Some(b"no" | b"n" | b"off" | b"false"))
+        })
+    }
+
     /// The last value of a flag, as text.
     pub(crate) fn value(&self, flag: &str) -> Option<String> {
         single(&self.arguments, flag)

@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fs;
-use std::os::unix::ffi::OsStrExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 use cachec_protocol::{ActionKey, Digest, Fields, Root, Roots, RustcAction, action};
@@ -106,10 +106,14 @@ impl Unit {
         self.environment.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_slice())
     }
 
+    /// A path as the compiler takes it: from the working directory.
+    pub(crate) fn absolute(&self, path: &[u8]) -> PathBuf {
+        self.working_directory.join(OsStr::from_bytes(path))
+    }
+
     /// A path of this unit as stored: absolute, with roots as markers.
     pub(crate) fn normalised_path(&self, path: &[u8]) -> Option<Vec<u8>> {
-        let absolute = self.working_directory.join(OsStr::from_bytes(path));
-        self.roots.normalise(absolute.as_os_str().as_bytes()).ok()
+        self.roots.normalise(self.absolute(path).as_os_str().as_bytes()).ok()
     }
 
     /// The arguments to run the compiler with: remapped roots, and no incremental compilation. The user's
@@ -132,10 +136,7 @@ impl Unit {
     /// Directories that are there wherever this unit can run: roots, outputs, dependencies.
     pub(crate) fn known_directories(&self) -> Vec<PathBuf> {
         let roots = self.roots.iter().map(|(_, path)| PathBuf::from(OsStr::from_bytes(path)));
-        let searched = self
-            .invocation
-            .searched_directories()
-            .map(|path| self.working_directory.join(OsStr::from_bytes(path)));
+        let searched = self.invocation.searched_directories().map(|path| self.absolute(path));
         let own = [self.working_directory.clone(), self.output_directory()];
         roots.chain(searched).chain(self.sysroots.iter().cloned()).chain(own).collect()
     }
@@ -158,12 +159,9 @@ impl Unit {
 
     /// What the tracer must know of this unit.
     pub(crate) fn places(&self) -> Places {
-        let absolute = |path: &[u8]| {
-            let path = self.working_directory.join(OsStr::from_bytes(path));
-            path.as_os_str().as_bytes().to_vec()
-        };
+        let absolute = |path: &[u8]| self.absolute(path).into_os_string().into_vec();
         Places {
-            output_directory: absolute(self.invocation.output_directory.as_os_str().as_bytes()),
+            output_directory: self.output_directory().into_os_string().into_vec(),
             searched: self.invocation.searched_directories().map(|path| absolute(path).into()).collect(),
         }
     }

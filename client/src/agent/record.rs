@@ -135,16 +135,7 @@ pub(crate) fn record(
     }
     let text = normalise(&outputs.dep_info)?;
     let mut found = Vec::new();
-    if unit
-        .invocation
-        .value("-C rpath")
-        .is_some_and(|value| !matches!(value.as_str(), "no" | "n" | "off" | "false"))
-        || unit
-            .invocation
-            .arguments
-            .iter()
-            .any(|argument| argument.flag == "-C rpath" && argument.value.is_none())
-    {
+    if unit.invocation.writes_rpath() {
         // The linker writes the way from the output to its libraries.
         found.extend(unit.roots.iter().map(|(root, _)| root));
     }

@@ -101,54 +101,64 @@ fn install(program: &[sock_filter]) -> Option<OwnedFd> {
     }
 }
 
-/// Room for one descriptor in a control message, aligned as its header.
+/// A message of one byte with room for one descriptor. The kernel's structure points into this one, so it
+/// is made where it is used and never moved.
 #[repr(C, align(8))]
-struct Control([u8; 24]);
+struct Envelope {
+    /// Header and one descriptor: CMSG_SPACE(4) on 64-bit Linux; first, and so aligned.
+    control: [u8; 24],
+    byte: [u8; 1],
+}
 
-fn send_listener(channel: RawFd, listener: Option<RawFd>) {
-    let mut control = Control([0; 24]);
-    let mut byte = [0u8; 1];
-    let mut part = libc::iovec { iov_base: byte.as_mut_ptr().cast(), iov_len: 1 };
-    // SAFETY: all pointers are to locals that live through the call; the control buffer has room for a
-    // header and one descriptor (CMSG_SPACE(4) is 24 on 64-bit Linux).
-    unsafe {
-        let mut message: libc::msghdr = std::mem::zeroed();
+impl Envelope {
+    /// Calls `transfer` with a message over a fresh envelope; with room for a descriptor, or without.
+    fn with_message<T>(has_room: bool, transfer: impl FnOnce(&mut libc::msghdr) -> T) -> T {
+        let mut envelope = Self { control: [0; 24], byte: [0] };
+        let mut part = libc::iovec { iov_base: (&raw mut envelope.byte).cast(), iov_len: 1 };
+        // SAFETY: an empty message is all zeros.
+        let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
         message.msg_iov = &raw mut part;
         message.msg_iovlen = 1;
-        if let Some(listener) = listener {
-            message.msg_control = (&raw mut control).cast();
-            message.msg_controllen = control.0.len() as _;
-            let header = libc::CMSG_FIRSTHDR(&raw const message);
-            (*header).cmsg_level = libc::SOL_SOCKET;
-            (*header).cmsg_type = libc::SCM_RIGHTS;
-            (*header).cmsg_len = libc::CMSG_LEN(4) as _;
-            libc::CMSG_DATA(header).cast::<RawFd>().write_unaligned(listener);
+        if has_room {
+            message.msg_control = (&raw mut envelope.control).cast();
+            message.msg_controllen = envelope.control.len() as _;
         }
-        libc::sendmsg(channel, &raw const message, 0);
+        transfer(&mut message)
     }
+}
+
+fn send_listener(channel: RawFd, listener: Option<RawFd>) {
+    Envelope::with_message(listener.is_some(), |message| {
+        // SAFETY: the message's parts live through the call, and its control part has room for a header and
+        // one descriptor.
+        unsafe {
+            if let Some(listener) = listener {
+                let header = libc::CMSG_FIRSTHDR(message);
+                (*header).cmsg_level = libc::SOL_SOCKET;
+                (*header).cmsg_type = libc::SCM_RIGHTS;
+                (*header).cmsg_len = libc::CMSG_LEN(4) as _;
+                libc::CMSG_DATA(header).cast::<RawFd>().write_unaligned(listener);
+            }
+            libc::sendmsg(channel, message, 0);
+        }
+    });
 }
 
 /// Receives the listener; `None` where the child has none, or has ended.
 pub(super) fn receive_listener(channel: &OwnedFd) -> Option<OwnedFd> {
-    let mut control = Control([0; 24]);
-    let mut byte = [0u8; 1];
-    let mut part = libc::iovec { iov_base: byte.as_mut_ptr().cast(), iov_len: 1 };
-    // SAFETY: as in `send_listener`; the descriptor received is this process's own.
-    unsafe {
-        let mut message: libc::msghdr = std::mem::zeroed();
-        message.msg_iov = &raw mut part;
-        message.msg_iovlen = 1;
-        message.msg_control = (&raw mut control).cast();
-        message.msg_controllen = control.0.len() as _;
-        if libc::recvmsg(channel.as_raw_fd(), &raw mut message, libc::MSG_CMSG_CLOEXEC) <= 0 {
-            return None;
+    Envelope::with_message(true, |message| {
+        // SAFETY: as in `send_listener`; the descriptor received is this process's own.
+        unsafe {
+            if libc::recvmsg(channel.as_raw_fd(), message, libc::MSG_CMSG_CLOEXEC) <= 0 {
+                return None;
+            }
+            let header = libc::CMSG_FIRSTHDR(message);
+            if header.is_null() || (*header).cmsg_type != libc::SCM_RIGHTS {
+                return None;
+            }
+            Some(OwnedFd::from_raw_fd(libc::CMSG_DATA(header).cast::<RawFd>().read_unaligned()))
         }
-        let header = libc::CMSG_FIRSTHDR(&raw const message);
-        if header.is_null() || (*header).cmsg_type != libc::SCM_RIGHTS {
-            return None;
-        }
-        Some(OwnedFd::from_raw_fd(libc::CMSG_DATA(header).cast::<RawFd>().read_unaligned()))
-    }
+    })
 }
 
 /// A stopped call.

@@ -92,8 +92,8 @@ impl Observation {
         let Some(path) = self.resolve(path) else { return };
         let writes =
             flags & libc::O_ACCMODE != libc::O_RDONLY || flags & (libc::O_TRUNC | libc::O_CREAT) != 0;
-        let is_new = flags & libc::O_TMPFILE == libc::O_TMPFILE;
-        if is_new {
+        if flags & libc::O_TMPFILE == libc::O_TMPFILE {
+            // Without a name, so nobody else's business until it is linked.
             return;
         }
         if !writes {
@@ -110,7 +110,7 @@ impl Observation {
         }
     }
 
-    /// A call that makes a file from nothing, or a directory, link or special file.
+    /// A call that makes a directory, a special file or another name.
     pub(super) fn make(&mut self, path: &Path) {
         let Some(path) = self.resolve(path) else { return };
         // Where something is there already the call fails, and has only looked.
@@ -307,7 +307,7 @@ impl Observation {
         if is_kernels(path) || self.is_own(path) || self.modes.contains_key(path) {
             return;
         }
-        if let Ok(metadata) = fs::metadata(path).map_err(drop)
+        if let Ok(metadata) = fs::metadata(path)
             && metadata.is_file()
         {
             if metadata.mode() & (libc::S_ISUID | libc::S_ISGID) != 0 {
@@ -383,44 +383,29 @@ impl Observation {
         if let Some(known) = self.resolved.get(path) {
             return Some(known.clone());
         }
-        let directory: PathBuf = components[..=last].iter().collect();
-        self.note_links_before_parents(&components[..=last]);
-        let Ok(real) = fs::canonicalize(&directory) else {
-            self.note_missing_directory(&directory);
-            return None;
-        };
+        let real = self.walk_up(&components[..=last])?;
         let resolved = components[last + 1..].iter().fold(real, |real, component| real.join(component));
         self.resolved.insert(path.to_owned(), resolved.clone());
         Some(resolved)
     }
 
-    /// Notes the links on the way of a path with `..`, each under the name it is reached by.
-    fn note_links_before_parents(&mut self, components: &[Component<'_>]) {
+    /// The real directory that a path with `..` at its end leads to. Notes the links on the way, each under
+    /// the name it is reached by, and where the way ends early, the directory that is not there.
+    fn walk_up(&mut self, components: &[Component<'_>]) -> Option<PathBuf> {
         let mut walked = PathBuf::new();
         for component in components {
             if *component == Component::ParentDir {
                 self.note_way(&walked);
-                let Ok(real) = fs::canonicalize(&walked) else { return };
+                let Ok(real) = fs::canonicalize(&walked) else {
+                    self.note(&walked, true, false);
+                    return None;
+                };
                 walked = real.parent().map(Path::to_owned).unwrap_or(real);
             } else {
                 walked.push(component);
             }
         }
-    }
-
-    /// Notes the first directory on the way of a path with `..` that is not there.
-    fn note_missing_directory(&mut self, path: &Path) {
-        let mut walked = PathBuf::new();
-        for component in path.components() {
-            if component == Component::ParentDir {
-                match fs::canonicalize(&walked) {
-                    Ok(real) => walked = real.parent().map(Path::to_owned).unwrap_or(real),
-                    Err(_) => return self.note(&walked, true, false),
-                }
-            } else {
-                walked.push(component);
-            }
-        }
+        Some(walked)
     }
 }
 
