@@ -2,9 +2,10 @@
 # Installs what building RocksDB needs beyond Rust and a C compiler: C++ and libclang. Does nothing where they are.
 set -eu
 
+# libclang-cpp, another library, is there on many machines without libclang.
 has_libclang() {
-    [ -n "${LIBCLANG_PATH:-}" ] || ldconfig -p 2>/dev/null | grep -q 'libclang' ||
-        ls /usr/lib/llvm-*/lib/libclang*.so* >/dev/null 2>&1
+    [ -n "${LIBCLANG_PATH:-}" ] ||
+        { ldconfig -p 2>/dev/null; ls /usr/lib/llvm-*/lib 2>/dev/null; } | grep -v 'libclang-cpp' | grep -q 'libclang[-.0-9]*so'
 }
 
 if has_libclang && command -v c++ >/dev/null; then

@@ -560,3 +560,84 @@ fn a_declared_variable_that_a_proc_macro_reads() -> Result<()> {
     );
     Ok(())
 }
+
+#[test]
+fn a_file_that_could_not_be_made() -> Result<()> {
+    let body = "std::fs::write(\"app/missing/file\", \"\").is_ok().to_string()";
+    let case = Case::new(PRINT_MADE, &["maker"])?.with_macro(body)?;
+    let make = |case: &Case| Ok(fs::create_dir(case.project.root.join("app/missing"))?);
+    case.prove("false", make, "true", "app/missing")
+}
+
+#[test]
+fn a_process_that_outlives_the_compile_goes_on() -> Result<()> {
+    let case = Case::new(PRINT_MADE, &["maker"])?;
+    let file = case.outside("alive");
+    let case = case.with_macro(&format!(
+        "use std::process::{{Command, Stdio}}; Command::new(\"sh\").args([\"-c\", \"sleep 2; echo > {}\"])\
+         .stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap(); String::new()",
+        file.display()
+    ))?;
+    case.build()?;
+    assert!(!file.exists(), "the build has waited");
+    std::thread::sleep(std::time::Duration::from_secs(4));
+    assert!(file.exists(), "its calls have failed");
+    Ok(())
+}
+
+#[test]
+fn a_program_that_finds_its_libraries_by_rpath_runs_where_it_was_moved() -> Result<()> {
+    let mut case = Case::new("fn main() { println!(\"runs\"); }\n", &[])?;
+    case.machine.set("RUSTFLAGS", "-Crpath -Cprefer-dynamic");
+    case.build()?;
+    assert_eq!(case.project.run_app()?, "runs");
+    case.project = case.project.copy_to(&case.outside("much/deeper/down/checkout"))?;
+    case.build()?;
+    assert_eq!(case.project.run_app()?, "runs");
+    Ok(())
+}
+
+#[test]
+fn a_source_that_names_a_place_means_that_place() -> Result<()> {
+    let mut case = Case::new("", &[])?;
+    let text = case.project.root.join("text");
+    case.project.write("Cargo.toml", "[workspace]\nmembers = [\"app\"]\nresolver = \"3\"\n")?;
+    let source = format!("fn main() {{ println!(\"{{}}\", include_str!(\"{}\")); }}\n", text.display());
+    case.project.write("app/src/main.rs", &source)?;
+    fs::write(&text, "one")?;
+    case.build()?;
+    assert_eq!(case.project.run_app()?, "one");
+    case.project = case.project.copy_to(&case.outside("moved"))?;
+    fs::write(&text, "two")?;
+    case.build()?;
+    assert_eq!(case.project.run_app()?, "two");
+    Ok(())
+}
+
+#[test]
+fn another_mount_namespace_has_another_agent() -> Result<()> {
+    let case = Case::new("fn main() { println!(\"{}\", include_str!(\"text\")); }\n", &[])?;
+    case.project.write("app/src/text", "one")?;
+    case.build()?;
+    let other = case.project.copy_to(&case.outside("other"))?;
+    other.write("app/src/text", "two")?;
+    let target = case.outside("target");
+    let script = format!(
+        "mount --bind {} {root} && cd {root} && exec {} build --quiet --target-dir {}",
+        other.root.display(),
+        cachec_bench::programs::cargo().display(),
+        target.display(),
+        root = case.project.root.display(),
+    );
+    let output =
+        case.machine.command(Path::new("unshare")).args(["--mount", "sh", "-c", &script]).output()?;
+    let error = String::from_utf8_lossy(&output.stderr);
+    if error.contains("ermission") || error.contains("not permitted") {
+        eprintln!("SKIPPED: no mount namespace may be made here: {error}");
+        return Ok(());
+    }
+    assert!(output.status.success(), "{error}");
+    let app = Command::new(target.join("debug/app")).output()?;
+    assert_eq!(String::from_utf8(app.stdout)?.trim(), "two");
+    Ok(())
+}

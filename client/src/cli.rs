@@ -131,3 +131,19 @@ fn agent() -> anyhow::Result<()> {
         .init();
     crate::agent::run(listener, config, &socket)
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn no_command_is_taken_for_a_compiler() {
+        for command in Cli::command().get_subcommands() {
+            assert!(is_command(command.get_name().as_ref()), "{}", command.get_name());
+        }
+        assert!(is_command("--version".as_ref()) && is_command("help".as_ref()));
+        assert!(!is_command("rustc".as_ref()) && !is_command("/usr/bin/rustc".as_ref()));
+    }
+}

@@ -395,3 +395,27 @@ fn program_digest(unit: &Unit, name: &OsStr, memo: &Memo) -> Option<Digest> {
         unit.program_directories().into_iter().map(|directory| directory.join(name)).find(is_program)?;
     memo.digest(&path).ok().map(|(digest, _)| digest)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_identifies_a_toolchain_is_left_out_of_its_directory() {
+        for part in
+            ["lib/rustlib/x86_64-unknown-linux-gnu/lib/libstd-1.rlib", "bin/rustc", "lib/libLLVM.so.22"]
+        {
+            assert!(is_identified(Path::new(part)), "{part}");
+        }
+        for part in ["bin/cc", "lib/x86_64-linux-gnu/libc.so.6", "share/text", "include/stdio.h"] {
+            assert!(!is_identified(Path::new(part)), "{part}");
+        }
+    }
+
+    #[test]
+    fn a_modules_other_place() {
+        assert_eq!(other_module_file(b"src/a.rs"), Some(b"src/a/mod.rs".to_vec()));
+        assert_eq!(other_module_file(b"src/a/mod.rs"), Some(b"src/a.rs".to_vec()));
+        assert_eq!(other_module_file(b"src/text.txt"), None);
+    }
+}

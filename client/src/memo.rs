@@ -220,6 +220,21 @@ mod tests {
     }
 
     #[test]
+    fn times_that_look_round_are_trusted_later() {
+        let identity = |nanoseconds: i64| Identity {
+            device: 1,
+            inode: 1,
+            size_bytes: 1,
+            mtime_ns: 5_000_000_000 + nanoseconds,
+            ctime_ns: 5_000_000_000 + nanoseconds,
+        };
+        let after = |seconds: i64| 5_000_000_000 + seconds * 1_000_000_000;
+        assert!(identity(123_456).is_older_than_tick(after(1)));
+        assert!(!identity(0).is_older_than_tick(after(1)));
+        assert!(identity(0).is_older_than_tick(after(3)));
+    }
+
+    #[test]
     fn what_is_kept_is_known_to_the_next() {
         let directory = tempfile::tempdir().unwrap();
         let (path, kept) = (directory.path().join("a"), directory.path().join("memo"));

@@ -382,3 +382,47 @@ fn describe(error: &reqwest::Error) -> String {
     }
     cause.to_string()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn remote(directory: &std::path::Path) -> Remote {
+        let config = serde_json::json!({
+            "url": "http://127.0.0.1:1", "token": null, "namespace": "default", "mode": "read-write",
+            "directory": null, "directory_bytes": 0, "in_container": false, "runtime_directory": directory,
+            "path_mode": "portable", "extra_variables": [], "log": "warn", "network_variables": [],
+        });
+        Remote::new(&serde_json::from_value(config).unwrap(), "http://127.0.0.1:1", "test").unwrap()
+    }
+
+    fn ago(milliseconds: u64) -> Instant {
+        Instant::now().checked_sub(Duration::from_millis(milliseconds)).unwrap()
+    }
+
+    #[test]
+    fn waiting_that_does_not_pay_stops_reads_and_saved_time_pays() {
+        let directory = tempfile::tempdir().unwrap();
+        let remote = remote(directory.path());
+        remote.save(20_000);
+        remote.spend(ago(READ_GRACE_MS + 10_000));
+        assert!(!remote.reads.is_open());
+        remote.spend(ago(15_000));
+        assert!(remote.reads.reason().unwrap().contains("more time than it saved"));
+        assert!(!remote.writes.is_open());
+    }
+
+    #[test]
+    fn a_server_that_refuses_or_is_none_is_not_asked_again() {
+        for error in [RemoteError::Unauthorised(401), RemoteError::Foreign] {
+            let directory = tempfile::tempdir().unwrap();
+            let remote = remote(directory.path());
+            assert!(remote.settle::<()>(&remote.reads, Err(error)).is_err());
+            assert!(remote.reads.is_open() && remote.complaint().is_some());
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let remote = remote(directory.path());
+        let absent = remote.settle::<()>(&remote.reads, Err(RemoteError::Absent));
+        assert!(absent.is_err() && remote.complaint().is_none());
+    }
+}

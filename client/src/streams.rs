@@ -164,7 +164,8 @@ impl Translator {
             let line = self.line(line);
             passed.record(&line);
             passed.held.extend_from_slice(&line);
-            if !passed.heard && !tells_of_success(&line) {
+            let may_hold = passed.held.len() <= MAX_STREAM_BYTES;
+            if !passed.heard && may_hold && !tells_of_success(&line) {
                 continue;
             }
             // After a failure the compiler's output is still taken, or it would wait for ever.
@@ -241,5 +242,9 @@ mod tests {
         let passed = Translator::new(&[]).pass_on(&mut said.as_slice(), &mut passed_on).unwrap();
         assert_eq!(passed.recording, None);
         assert_eq!(passed_on.len(), said.len());
+        // Nor is it held back for ever.
+        let mut passed_on = Vec::new();
+        let passed = translator().pass_on(&mut said.as_slice(), &mut passed_on).unwrap();
+        assert!(passed.heard && passed_on.len() == said.len());
     }
 }
