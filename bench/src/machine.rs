@@ -13,6 +13,9 @@ use tempfile::TempDir;
 
 use crate::programs::{cargo, programs};
 
+/// What a compiler notes that is asked for something else than a unit.
+const PROBE: &str = "?";
+
 /// Linux's value on every architecture cachec runs on.
 const O_NONBLOCK: i32 = 0o4000;
 
@@ -39,6 +42,8 @@ pub struct Build {
     pub elapsed: Duration,
     /// The units whose compiler was started, by crate, as the compiler itself has noted them.
     pub compiled: Vec<String>,
+    /// How often a compiler was started to be asked something.
+    pub probes: usize,
 }
 
 impl Build {
@@ -116,9 +121,9 @@ impl Machine {
         let compiler = real_compiler()?;
         // The same text on every machine: it is part of the compiler's identity.
         let text = format!(
-            "#!/bin/sh\nprevious=\nfor word in \"$@\"; do\n  \
-             [ \"$previous\" = --crate-name ] && [ \"$word\" != ___ ] && echo \"$word\" >> \"$COMPILED\"\n  \
-             previous=$word\ndone\nexec {} \"$@\"\n",
+            "#!/bin/sh\nprevious=\nnoted={PROBE}\nfor word in \"$@\"; do\n  \
+             [ \"$previous\" = --crate-name ] && [ \"$word\" != ___ ] && noted=$word\n  \
+             previous=$word\ndone\necho \"$noted\" >> \"$COMPILED\"\nexec {} \"$@\"\n",
             compiler.display(),
         );
         let script = self.path("bin/rustc");
@@ -211,7 +216,8 @@ impl Machine {
         let started = Instant::now();
         let Output { status, stdout, stderr } = cargo().context("cargo")?;
         let compiled = self.take_noted()?;
-        let mut compiled: Vec<String> = compiled.lines().map(str::to_owned).collect();
+        let (asked, mut compiled): (Vec<String>, Vec<String>) =
+            compiled.lines().map(str::to_owned).partition(|noted| noted == PROBE);
         compiled.sort_unstable();
         Ok(Build {
             success: status.success(),
@@ -219,6 +225,7 @@ impl Machine {
             stderr: String::from_utf8_lossy(&stderr).into_owned(),
             elapsed: started.elapsed(),
             compiled,
+            probes: asked.len(),
         })
     }
 

@@ -229,8 +229,9 @@ fn an_agent_that_is_stopped() -> Result<()> {
     let project = Project::three_crates(&directory.path().join("checkout"))?;
     let build = machine.cargo(&project.root, &["build"])?;
     assert!(build.success, "{}", build.stderr);
-    assert_eq!(build.notices().len(), 1, "{:?}", build.notices());
     assert_eq!(project.run_app()?, "app middle one unset");
+    // Who has waited in vain leaves the place to another agent.
+    assert_eq!(machine.agents().len(), 2);
     Ok(())
 }
 
@@ -296,14 +297,10 @@ fn where_no_tracer_may_run_libraries_are_cached_all_the_same() -> Result<()> {
     };
     // The compiler is a script in these tests: what it reads is not known without a tracer.
     let script = build(&machine)?;
-    assert_eq!(script["not_stored"]["untraced"].as_u64(), Some(3), "{script}");
+    assert_eq!(script["not_stored"]["untraced"], script["units"], "{script}");
     let machine = machine.with("RUSTC", cachec_bench::machine::real_compiler()?.to_string_lossy());
     let cold = build(&machine)?;
-    assert_eq!(
-        (cold["stored"].as_u64(), cold["not_stored"]["untraced"].as_u64()),
-        (Some(2), Some(4)),
-        "{cold}"
-    );
+    assert_eq!(cold["stored"].as_u64(), Some(2), "{cold}");
     let warm = build(&machine)?;
     assert_eq!((warm["local_hits"].as_u64(), warm["traced"].as_u64()), (Some(2), Some(0)), "{warm}");
     Ok(())

@@ -10,7 +10,7 @@ use anyhow::{Context, bail};
 use clap::{Parser, Subcommand};
 
 use crate::config::{Config, Surroundings};
-use crate::connect::{Address, CONFIG_VARIABLE, SOCKET_VARIABLE};
+use crate::connect::{Address, CONFIG_VARIABLE, Program, SOCKET_VARIABLE};
 use crate::doctor;
 use crate::ipc::{self, Control, Request, Response};
 use crate::report;
@@ -73,7 +73,7 @@ pub(crate) fn run() -> ExitCode {
 }
 
 fn address() -> anyhow::Result<Address> {
-    Ok(Address::of(&Config::load(&Surroundings::of_this_process(None))?))
+    Ok(Address::of(&Config::load(&Surroundings::of_this_process(None))?, &Program::own()?))
 }
 
 fn stats(json: bool) -> anyhow::Result<()> {

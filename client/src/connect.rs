@@ -41,24 +41,54 @@ pub(crate) enum ConnectError {
     Start(io::Error),
 }
 
+/// The file that an agent runs; another one has another agent.
+#[derive(Debug)]
+pub(crate) struct Program {
+    path: PathBuf,
+    inode: u64,
+    mtime_ns: i64,
+    pub(crate) size_bytes: u64,
+}
+
+impl Program {
+    /// # Errors
+    /// Where there is no such file.
+    pub(crate) fn at(path: PathBuf) -> io::Result<Self> {
+        let metadata = fs::metadata(&path)?;
+        let (inode, mtime_ns, size_bytes) = (metadata.ino(), metadata.mtime_nsec(), metadata.len());
+        Ok(Self { path, inode, mtime_ns, size_bytes })
+    }
+
+    /// The file that this process runs.
+    ///
+    /// # Errors
+    /// Where there is no `/proc`, or the file was removed.
+    pub(crate) fn own() -> io::Result<Self> {
+        Self::at(std::env::current_exe()?)
+    }
+}
+
 /// Where the agent of a configuration listens.
 #[derive(Debug, Clone)]
 pub(crate) struct Address {
     pub(crate) socket: PathBuf,
+    /// What is started where nobody listens.
+    program: PathBuf,
 }
 
 impl Address {
-    /// The address of this program's agent for a configuration.
-    pub(crate) fn of(config: &Config) -> Self {
-        let program = fs::metadata("/proc/self/exe").map(|exe| (exe.ino(), exe.mtime_nsec(), exe.len())).ok();
+    /// The address of a program's agent for a configuration.
+    pub(crate) fn of(config: &Config, program: &Program) -> Self {
+        let identity = (program.inode, program.mtime_ns, program.size_bytes);
         // Cargo sets certificate variables for what it starts, so a shell's command has others.
         let named = Config { network_variables: Vec::new(), ..config.clone() };
         // An agent sees files as its own container does.
         let place = |path: &str| fs::metadata(path).map(|metadata| (metadata.dev(), metadata.ino())).ok();
         let view = (place("/proc/self/ns/mnt"), place("/"));
-        let text = format!("{}\n{program:?}\n{view:?}\n{}", env!("CARGO_PKG_VERSION"), to_json(&named));
+        let text = format!("{}\n{identity:?}\n{view:?}\n{}", env!("CARGO_PKG_VERSION"), to_json(&named));
         let name = Digest::of(text.as_bytes()).to_string();
-        Self { socket: config.runtime_directory.join(format!("{}.sock", &name[..16])) }
+        let socket = config.runtime_directory.join(format!("{}.sock", &name[..16]));
+        Self { socket, program: program.path.clone() }
     }
 
     /// Where an agent that ended has left its statistics.
@@ -127,7 +157,7 @@ impl Address {
         let too_long = fs::metadata(&log_path).is_ok_and(|metadata| metadata.len() > MAX_LOG_BYTES);
         let log =
             File::options().create(true).append(!too_long).write(true).truncate(too_long).open(log_path)?;
-        let mut command = Command::new(std::env::current_exe()?);
+        let mut command = Command::new(&self.program);
         command
             .arg("agent")
             .current_dir("/")

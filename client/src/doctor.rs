@@ -3,7 +3,7 @@
 use std::process::Command;
 
 use crate::config::{Config, Mode, Surroundings};
-use crate::connect::Address;
+use crate::connect::{Address, Program};
 use crate::local::LocalTier;
 use crate::remote::Remote;
 use crate::tracer::{Places, Trace, Tracer};
@@ -58,7 +58,8 @@ fn describe(config: &Config) -> String {
 }
 
 fn try_agent(config: &Config) -> Result<String, String> {
-    let address = Address::of(config);
+    let own = Program::own().map_err(|error| error.to_string())?;
+    let address = Address::of(config, &own);
     address.connect_or_start(config).map_err(|error| error.to_string())?;
     Ok(format!("listens at {}", address.socket.display()))
 }

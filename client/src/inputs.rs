@@ -18,7 +18,7 @@ use cachec_protocol::{Digest, Input, InputKind, InputSet, Root};
 use crate::dep_info::DepInfo;
 use crate::memo::Memo;
 use crate::tracer::{Access, Seen, Trace};
-use crate::unit::Unit;
+use crate::unit::{Unit, cpu_identity};
 
 /// Why a run's result is not stored.
 #[derive(Debug, thiserror::Error)]
@@ -68,6 +68,10 @@ pub(crate) fn from_trace(
             Seen::NotExecutable => gatherer.input(InputKind::Mode, &access.path, Some(mode_digest(false)))?,
         });
     }
+    if trace.looks_at_cpu {
+        let digest = Some(cpu_identity().ok_or(NotStorable::UnreadableInput)?);
+        inputs.push(Input { kind: InputKind::Cpu, name: Vec::new(), digest });
+    }
     gatherer.searched_programs(trace, &mut inputs);
     gatherer.in_sources(dep_info, &mut inputs)?;
     Ok(inputs)
@@ -116,10 +120,11 @@ pub(crate) fn gather(
             gatherer.absent(&other, &mut inputs)?;
         }
     }
-    for file in unit.invocation.extern_files() {
+    let invocation = unit.invocation().ok_or(NotStorable::Untraced)?;
+    for file in invocation.extern_files() {
         inputs.push(gatherer.file(file)?);
     }
-    for argument in &unit.invocation.arguments {
+    for argument in &invocation.arguments {
         // Of `name=path` values (profile-use=…, linker=…, target=spec.json) the last part may be a file.
         let value = argument.value.as_deref().unwrap_or_default();
         let path = value.rsplit(|byte| *byte == b'=').next().unwrap_or_default();
@@ -127,7 +132,7 @@ pub(crate) fn gather(
             inputs.push(gatherer.file(path)?);
         }
     }
-    for directory in unit.invocation.searched_directories() {
+    for directory in unit.searched_directories() {
         gatherer.loadable_files(directory, &mut inputs)?;
     }
     gatherer.in_sources(dep_info, &mut inputs)?;
@@ -237,7 +242,7 @@ impl Gatherer<'_> {
     fn is_dependency(&self, path: &Path) -> bool {
         let is_library =
             path.extension().is_some_and(|extension| extension == "rmeta" || extension == "rlib");
-        let mut directories = self.unit.invocation.searched_directories();
+        let mut directories = self.unit.searched_directories();
         is_library && directories.any(|directory| path.parent() == Some(&self.unit.absolute(directory)))
     }
 
@@ -290,6 +295,34 @@ fn other_module_file(file: &[u8]) -> Option<Vec<u8>> {
     }
 }
 
+/// The variables that a build script has told cargo of.
+pub(crate) fn declared_variables(unit: &Unit, names: &[Vec<u8>]) -> Result<Vec<Input>, NotStorable> {
+    let input = |name: &Vec<u8>| {
+        let digest = variable_digest(unit, unit.variable(name)).ok_or(NotStorable::UnnormalisablePath)?;
+        Ok(Input { kind: InputKind::Environment, name: name.clone(), digest })
+    };
+    names.iter().map(input).collect()
+}
+
+/// Which of some roots the files of an input set name by their literal paths: where those come from there, they do
+/// not mean the root.
+pub(crate) fn named_in_files(unit: &Unit, inputs: &[Input], roots: &[Root]) -> Vec<Root> {
+    let mut named = Vec::new();
+    if roots.is_empty() {
+        return named;
+    }
+    for input in inputs.iter().filter(|input| input.kind == InputKind::File) {
+        let Ok(path) = unit.roots.expand(&input.name) else { continue };
+        let text = fs::read(OsStr::from_bytes(&path)).unwrap_or_default();
+        // A program holds paths for other reasons.
+        let is_program = text.starts_with(b"\x7fELF");
+        let present =
+            unit.roots.found_in(&text).into_iter().filter(|root| !is_program && roots.contains(root));
+        named.extend(present.filter(|root| !named.contains(root)).collect::<Vec<_>>());
+    }
+    named
+}
+
 /// The input that binds a result to a root's present path.
 pub(crate) fn root_input(unit: &Unit, root: Root) -> Option<Input> {
     let path = unit.roots.path(root)?;
@@ -333,9 +366,10 @@ fn present_digest(unit: &Unit, input: &Input, memo: &Memo) -> Option<Option<Dige
         InputKind::Environment => variable_digest(unit, unit.variable(&input.name)),
         InputKind::Argument => {
             let flag = std::str::from_utf8(&input.name).ok()?;
-            Some(unit.invocation.values(flag).last().map(Digest::of))
+            Some(unit.argument(flag).map(Digest::of))
         }
         InputKind::Root => Some(Some(Digest::of(unit.roots.path(Root::from_name(&input.name)?)?))),
+        InputKind::Cpu => Some(Some(cpu_identity()?)),
     }
 }
 

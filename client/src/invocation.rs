@@ -3,6 +3,7 @@
 //! Deciding only; nothing is read. A unit that is not cached has a [`Refusal`], whose code the statistics
 //! count by crate.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use cachec_protocol::{Argument, ArgumentError, arguments};
@@ -28,6 +29,8 @@ pub(crate) enum Refusal {
     Toolchain,
     #[error("paths")]
     Paths,
+    #[error("program")]
+    Program,
 }
 
 /// A unit's command line, understood.
@@ -132,6 +135,11 @@ impl Invocation {
         self.arguments.iter().filter(move |argument| argument.flag == flag).filter_map(|a| a.value.as_deref())
     }
 
+    /// The last value of a flag.
+    pub(crate) fn last_value(&self, flag: &str) -> Option<&[u8]> {
+        self.arguments.iter().rev().filter(|argument| argument.flag == flag).find_map(|a| a.value.as_deref())
+    }
+
     /// Names of files that a successful run of a library unit must leave.
     pub(crate) fn required_outputs(&self) -> Vec<String> {
         let is = |kinds: &[&str]| self.crate_types.iter().any(|kind| kinds.contains(&kind.as_str()));
@@ -181,26 +189,48 @@ impl Invocation {
         ["-C target-cpu", "-C tune-cpu"].iter().any(|flag| self.value(flag).as_deref() == Some("native"))
     }
 
-    /// The directory of all of cargo's outputs, from the place of this unit's: the parent of the profile's
-    /// directory, or of the directory of the `--target` around it.
+    /// See [`target_directory`].
     pub(crate) fn target_directory(&self) -> Option<&Path> {
-        let inside_profile = |ancestor: &&Path| {
-            matches!(ancestor.file_name().and_then(|name| name.to_str()), Some("deps" | "examples" | "build"))
-        };
-        let profile = self.output_directory.ancestors().take(4).find(inside_profile)?.parent()?;
-        let parent = profile.parent()?;
         let target = self.value("--target").unwrap_or_default();
-        let triple = Path::new(&target).file_stem().unwrap_or_default();
-        if !triple.is_empty() && parent.file_name() == Some(triple) { parent.parent() } else { Some(parent) }
+        target_directory(&self.output_directory, Path::new(&target).file_stem().unwrap_or_default())
+    }
+
+    /// Name of the program that this unit makes, where that is a package's build script.
+    pub(crate) fn script_program(&self) -> Option<&str> {
+        let is_program = self.crate_types == ["bin"] && self.emits("link");
+        let place = self.output_directory.parent().and_then(Path::file_name);
+        (is_program && self.crate_name.starts_with("build_script_") && place == Some(OsStr::new("build")))
+            .then_some(self.stem.as_str())
     }
 }
 
-/// Whether the wrapper need not ask the agent: not a unit, but one of cargo's questions to the compiler.
+/// The directory of all of cargo's outputs, from the place of a unit's: the parent of the profile's directory,
+/// or of the directory of the target around it.
+pub(crate) fn target_directory<'p>(output_directory: &'p Path, target: &OsStr) -> Option<&'p Path> {
+    let inside_profile = |ancestor: &&Path| {
+        matches!(ancestor.file_name().and_then(OsStr::to_str), Some("deps" | "examples" | "build"))
+    };
+    let profile = output_directory.ancestors().take(4).find(inside_profile)?.parent()?;
+    let parent = profile.parent()?;
+    if !target.is_empty() && parent.file_name() == Some(target) { parent.parent() } else { Some(parent) }
+}
+
+/// Whether this is no unit, but one of cargo's questions to the compiler.
 pub(crate) fn is_probe(words: &[Vec<u8>]) -> bool {
     match words.iter().position(|word| word == b"--crate-name") {
         Some(at) => words.get(at + 1).is_none_or(|name| name == b"___"),
         None => true,
     }
+}
+
+/// Whether the answer to such a question can be stored: it is printed, and what is asked is in the arguments
+/// (or, for `-`, in a standard input that the caller knows to be empty).
+pub(crate) fn is_storable_probe(words: &[Vec<u8>], has_empty_input: bool) -> bool {
+    let asks = |word: &Vec<u8>| {
+        matches!(word.as_slice(), b"-vV" | b"-Vv" | b"-V" | b"--version") || word.starts_with(b"--print")
+    };
+    let outside = |word: &Vec<u8>| word.starts_with(b"@") || (word == b"-" && !has_empty_input);
+    words.iter().any(asks) && !words.iter().any(outside)
 }
 
 fn single(arguments: &[Argument], flag: &str) -> Option<String> {

@@ -57,6 +57,12 @@ pub(crate) struct UnitRequest {
     /// The wrapper's file mode creation mask.
     #[n(4)]
     pub(crate) umask: u32,
+    /// Whether the first word is a build script's program rather than a compiler.
+    #[n(5)]
+    pub(crate) is_script: bool,
+    /// Whether the wrapper can tell the user something.
+    #[n(6)]
+    pub(crate) is_heard: bool,
 }
 
 /// The end of a compiler run.
@@ -115,7 +121,7 @@ pub(crate) enum Request {
     Control(#[n(0)] Control),
 }
 
-/// A file that is to be moved to its place.
+/// A file, or a build script's whole output directory, that is to be moved to its place.
 #[derive(Debug, Clone, Encode, Decode)]
 #[cbor(map)]
 pub(crate) struct Rename {
@@ -153,6 +159,19 @@ pub(crate) struct Run {
     pub(crate) record: Option<Places>,
 }
 
+/// A launcher that takes the place of a build script's program.
+#[derive(Debug, Clone, Encode, Decode)]
+#[cbor(map)]
+pub(crate) struct Placement {
+    /// The staged launcher, and the program's path.
+    #[n(0)]
+    pub(crate) launcher: Rename,
+    /// Where the program is kept.
+    #[n(1)]
+    #[cbor(with = "minicbor::bytes")]
+    pub(crate) kept: Vec<u8>,
+}
+
 /// From the agent to the wrapper.
 #[derive(Debug, Clone, Encode, Decode)]
 pub(crate) enum Response {
@@ -165,7 +184,7 @@ pub(crate) enum Response {
     Run(#[n(0)] Run),
     /// Nothing more to wait for; lines to tell the user, once each.
     #[n(3)]
-    Done(#[n(0)] Vec<String>),
+    Done(#[n(0)] Vec<String>, #[n(1)] Option<Placement>),
     /// JSON text.
     #[n(4)]
     Report(#[n(0)] String),

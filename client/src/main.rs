@@ -3,7 +3,7 @@
 //! A unit's way: [`invocation`] (what is asked for) → [`unit`] (roots and action key) → [`agent`]'s lookup
 //! and restore → [`streams`] (replay), or run and record → [`agent`]'s upload. The [`wrapper`] is the
 //! process that cargo starts, and traces the compiler ([`tracer`]); the [`agent`] does the work and
-//! outlives it.
+//! outlives it. A build script's run goes the same way, from the [`launcher`] in its program's place.
 //!
 //! Invariant: nothing here may break, hang or change a build. When unsure, the compiler runs.
 
@@ -14,15 +14,18 @@ mod config;
 mod connect;
 mod dep_info;
 mod doctor;
+mod elf;
 mod inputs;
 mod invocation;
 mod ipc;
+mod launcher;
 mod local;
 mod memo;
 mod notice;
 mod process;
 mod remote;
 mod report;
+mod script;
 mod streams;
 mod tls;
 mod toolchain;
@@ -37,9 +40,12 @@ use std::time::Instant;
 fn main() -> ExitCode {
     let started = Instant::now();
     let words: Vec<OsString> = std::env::args_os().skip(1).collect();
+    if let Some(program) = launcher::launched(&words) {
+        return launcher::run(started, &program, &words);
+    }
     match words.split_first() {
         Some((compiler, arguments)) if !cli::is_command(compiler) => {
-            wrapper::run(started, compiler, arguments)
+            wrapper::run_compiler(started, compiler, arguments)
         }
         _ => cli::run(),
     }

@@ -2,7 +2,6 @@
 
 #![allow(unsafe_code)]
 
-use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, ExitCode, ExitStatus};
@@ -34,13 +33,6 @@ pub(crate) fn umask() -> u32 {
     let present = rustix::process::umask(rustix::fs::Mode::empty());
     rustix::process::umask(present);
     present.as_raw_mode()
-}
-
-/// Becomes the compiler: nothing of cachec is left.
-pub(crate) fn become_compiler(compiler: &OsStr, arguments: &[OsString]) -> ExitCode {
-    let error = Command::new(compiler).args(arguments).exec();
-    eprintln!("cachec: cannot run {}: {error}", compiler.to_string_lossy());
-    ExitCode::from(127)
 }
 
 /// The compiler's exit code; where a signal ended it, ends by the same signal.

@@ -23,6 +23,9 @@ pub(crate) fn to_text(json: &str) -> serde_json::Result<String> {
     row("units", number("units").to_string());
     row("hits", format!("{hits} of {looked_up} ({percent:.1} %)"));
     row("  local / server", format!("{} / {}", number("local_hits"), number("remote_hits")));
+    let probes = |name: &str| report["probes"][name].as_u64().unwrap_or_default();
+    let answered = probes("local_hits") + probes("remote_hits");
+    row("probes answered", format!("{answered} of {}", probes("units")));
     row("compile time saved", format!("{:.1} s", number("saved_ms") as f64 / 1000.0));
     row("results stored", format!("{} ({} uploaded)", number("stored"), number("uploaded")));
     row("compiles observed", format!("{} of {}", number("traced"), number("misses")));

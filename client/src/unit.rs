@@ -5,22 +5,35 @@ use std::fs;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
-use cachec_protocol::{ActionKey, Digest, Fields, Root, Roots, RustcAction, action};
+use cachec_protocol::script::script_action_key;
+use cachec_protocol::{ActionKey, Argument, Digest, Fields, Root, Roots, RustcAction, ScriptAction, action};
 
 use crate::config::{Config, PathMode};
-use crate::invocation::{Invocation, Refusal};
+use crate::invocation::{Invocation, Refusal, is_probe};
 use crate::ipc::UnitRequest;
 use crate::memo::Memo;
+use crate::script::Script;
 use crate::toolchain::{QUERY_VARIABLES, Query, Toolchains};
 use crate::tracer::Places;
 
 /// Directory that roots are remapped to in outputs: a root `cargo` is `REMAPPED/cargo` there.
 pub(crate) const REMAPPED: &str = "/cachec";
 
+/// What a unit runs.
+#[derive(Debug)]
+pub(crate) enum Task {
+    /// A compiler, for a crate.
+    Compile(Invocation),
+    /// A compiler, for one of cargo's questions: nothing is left but what it prints.
+    Probe,
+    /// A build script.
+    Script(Script),
+}
+
 /// A unit that is cached.
 #[derive(Debug)]
 pub(crate) struct Unit {
-    pub(crate) invocation: Invocation,
+    pub(crate) task: Task,
     pub(crate) working_directory: PathBuf,
     /// Names and values.
     environment: Vec<(Vec<u8>, Vec<u8>)>,
@@ -39,7 +52,7 @@ pub(crate) struct Unit {
 
 impl Unit {
     /// Understands the request, identifies the toolchain and derives the action key. Reads files: the
-    /// toolchain's, once.
+    /// toolchain's, once, and a build script's program.
     ///
     /// # Errors
     /// Why the unit is not cached.
@@ -55,10 +68,20 @@ impl Unit {
         if variable(&environment, "RUSTC_LOG").is_some() {
             return Err(Refusal::Logging);
         }
-        let invocation = Invocation::parse(&words, drops_incremental(&environment, config))?;
         let working_directory = PathBuf::from(OsStr::from_bytes(&request.working_directory));
+        let task = if request.is_script {
+            Task::Script(Script::new(request, &environment, &working_directory)?)
+        } else if is_probe(&words) {
+            Task::Probe
+        } else {
+            Task::Compile(Invocation::parse(&words, drops_incremental(&environment, config))?)
+        };
+        let compiler = match &task {
+            Task::Script(_) => variable(&environment, "RUSTC").unwrap_or(b"rustc").to_vec(),
+            _ => request.compiler.clone(),
+        };
         let query = Query {
-            compiler: request.compiler.clone(),
+            compiler,
             working_directory: working_directory.clone(),
             variables: environment
                 .iter()
@@ -67,38 +90,77 @@ impl Unit {
                 .collect(),
         };
         let toolchain = toolchains.identify(&query, memo).map_err(|_| Refusal::Toolchain)?;
-        let exact =
-            config.path_mode == PathMode::Exact || invocation.value("-C instrument-coverage").is_some();
-        let roots = if exact {
+        let roots = if task.has_exact_paths() || config.path_mode == PathMode::Exact {
             Roots::default()
         } else {
-            find_roots(&invocation, &working_directory, &environment, &toolchain.sysroot)
+            find_roots(&task, &working_directory, &environment, &toolchain.sysroot)
         };
-        let action_fields = RustcAction {
-            tool: toolchain.identity,
-            arguments: &invocation.arguments,
-            working_directory: &request.working_directory,
-            environment: &environment,
-            extra_variables: &config.extra_variables,
-            cpu: if invocation.for_this_cpu() { Some(cpu_identity()?) } else { None },
-            roots: &roots,
-        }
-        .fields()
-        .map_err(|_| Refusal::Paths)?;
-        let action_key = action::action_key(&action_fields);
+        let plain = Described { words: &words, request, environment: &environment, config, roots: &roots };
+        let (action_key, action_fields) = plain.action(&task, toolchain.identity, memo)?;
         let real_sysroot = fs::canonicalize(&toolchain.sysroot).ok();
         Ok(Self {
-            needs_trace: toolchain.is_script || invocation.needs_trace(),
+            needs_trace: toolchain.is_script || task.invocation().is_none_or(Invocation::needs_trace),
             is_primary: variable(&environment, "CARGO_PRIMARY_PACKAGE").is_some(),
             umask: request.umask,
             sysroots: real_sysroot.into_iter().chain([toolchain.sysroot.clone()]).collect(),
-            invocation,
+            task,
             working_directory,
             environment,
             roots,
             action_key,
             action_fields,
         })
+    }
+
+    /// What it is called in logs and counts.
+    pub(crate) fn name(&self) -> &str {
+        match &self.task {
+            Task::Compile(invocation) => &invocation.crate_name,
+            Task::Probe => "probe",
+            Task::Script(script) => &script.package,
+        }
+    }
+
+    /// A compile's command line.
+    pub(crate) fn invocation(&self) -> Option<&Invocation> {
+        self.task.invocation()
+    }
+
+    /// The build script, if that is what is run.
+    pub(crate) fn script(&self) -> Option<&Script> {
+        match &self.task {
+            Task::Script(script) => Some(script),
+            _ => None,
+        }
+    }
+
+    /// Names of files that a successful run must leave, as far as they are known.
+    pub(crate) fn required_outputs(&self) -> Vec<String> {
+        self.invocation().map(Invocation::required_outputs).unwrap_or_default()
+    }
+
+    /// Whether a name in the output directory can only be this unit's.
+    pub(crate) fn owns_output(&self, name: &str) -> bool {
+        match &self.task {
+            Task::Compile(invocation) => invocation.owns_output(name),
+            Task::Probe => false,
+            Task::Script(_) => true,
+        }
+    }
+
+    /// Name of the dep-info file, if there is one.
+    pub(crate) fn dep_info_name(&self) -> Option<String> {
+        self.invocation().and_then(Invocation::dep_info_name)
+    }
+
+    /// Directories that are searched by name for crates.
+    pub(crate) fn searched_directories(&self) -> impl Iterator<Item = &[u8]> {
+        self.invocation().into_iter().flat_map(Invocation::searched_directories)
+    }
+
+    /// The last value of a flag that is no part of the action key.
+    pub(crate) fn argument(&self, flag: &str) -> Option<&[u8]> {
+        self.invocation().and_then(|invocation| invocation.last_value(flag))
     }
 
     /// A variable of the unit's environment.
@@ -128,15 +190,16 @@ impl Unit {
                     .concat()
             })
             .collect();
-        let tool = words[..self.invocation.tool_words].to_vec();
-        let rest = without_incremental(&words[self.invocation.tool_words..]);
+        let Some(invocation) = self.invocation() else { return words.to_vec() };
+        let tool = words[..invocation.tool_words].to_vec();
+        let rest = without_incremental(&words[invocation.tool_words..]);
         [tool, arguments, rest].concat()
     }
 
     /// Directories that are there wherever this unit can run: roots, outputs, dependencies.
     pub(crate) fn known_directories(&self) -> Vec<PathBuf> {
         let roots = self.roots.iter().map(|(_, path)| PathBuf::from(OsStr::from_bytes(path)));
-        let searched = self.invocation.searched_directories().map(|path| self.absolute(path));
+        let searched = self.searched_directories().map(|path| self.absolute(path));
         let own = [self.working_directory.clone(), self.output_directory()];
         roots.chain(searched).chain(self.sysroots.iter().cloned()).chain(own).collect()
     }
@@ -152,18 +215,94 @@ impl Unit {
         PathBuf::from(OsStr::from_bytes(self.variable(b"TMPDIR").unwrap_or(b"/tmp")))
     }
 
-    /// Where the outputs go.
+    /// Where the outputs go; nowhere for a probe.
     pub(crate) fn output_directory(&self) -> PathBuf {
-        self.working_directory.join(&self.invocation.output_directory)
+        match &self.task {
+            Task::Compile(invocation) => self.working_directory.join(&invocation.output_directory),
+            Task::Probe => PathBuf::new(),
+            Task::Script(script) => script.output_directory.clone(),
+        }
     }
 
     /// What the tracer must know of this unit.
     pub(crate) fn places(&self) -> Places {
-        let absolute = |path: &[u8]| self.absolute(path).into_os_string().into_vec();
+        let bytes = |path: PathBuf| path.into_os_string().into_vec();
+        let own = self.script().filter(|script| script.starts_clean).map(|script| &script.output_directory);
         Places {
-            output_directory: self.output_directory().into_os_string().into_vec(),
-            searched: self.invocation.searched_directories().map(|path| absolute(path).into()).collect(),
+            output_directory: bytes(self.output_directory()),
+            searched: self.searched_directories().map(|path| bytes(self.absolute(path)).into()).collect(),
+            own: own.into_iter().map(|path| bytes(path.clone()).into()).collect(),
+            caches: self.tool_caches().into_iter().map(|path| bytes(path).into()).collect(),
         }
+    }
+
+    /// Directories in which tools keep what they have made, by content, for themselves alone.
+    fn tool_caches(&self) -> Vec<PathBuf> {
+        let path = |name: &[u8]| self.variable(name).map(|value| PathBuf::from(OsStr::from_bytes(value)));
+        let cache = path(b"XDG_CACHE_HOME").or_else(|| Some(path(b"HOME")?.join(".cache")));
+        let named = [path(b"ZIG_GLOBAL_CACHE_DIR"), path(b"ZIG_LOCAL_CACHE_DIR"), path(b"CCACHE_DIR")];
+        let usual = ["zig", "ccache"].into_iter().filter_map(|tool| Some(cache.as_ref()?.join(tool)));
+        named.into_iter().flatten().chain(usual).filter(|path| path.is_absolute()).collect()
+    }
+}
+
+impl Task {
+    fn invocation(&self) -> Option<&Invocation> {
+        match self {
+            Self::Compile(invocation) => Some(invocation),
+            _ => None,
+        }
+    }
+
+    /// Coverage tools look for sources at the paths that the compiler saw.
+    fn has_exact_paths(&self) -> bool {
+        self.invocation().is_some_and(|invocation| invocation.value("-C instrument-coverage").is_some())
+    }
+}
+
+/// What an action key is derived from.
+struct Described<'a> {
+    words: &'a [Vec<u8>],
+    request: &'a UnitRequest,
+    environment: &'a [(Vec<u8>, Vec<u8>)],
+    config: &'a Config,
+    roots: &'a Roots,
+}
+
+impl Described<'_> {
+    fn action(&self, task: &Task, tool: Digest, memo: &Memo) -> Result<(ActionKey, Fields), Refusal> {
+        if let Task::Script(script) = task {
+            let (program, named) = script.read_program(self.environment, memo)?;
+            let fields = ScriptAction {
+                program,
+                tool,
+                working_directory: &self.request.working_directory,
+                environment: self.environment,
+                extra_variables: &[self.config.extra_variables.as_slice(), &named].concat(),
+                roots: self.roots,
+            }
+            .fields()
+            .map_err(|_| Refusal::Paths)?;
+            return Ok((script_action_key(&fields), fields));
+        }
+        let words =
+            || self.words.iter().map(|word| Argument { flag: String::new(), value: Some(word.clone()) });
+        let (arguments, for_this_cpu) = match task.invocation() {
+            Some(invocation) => (invocation.arguments.clone(), invocation.for_this_cpu()),
+            None => (words().collect(), self.words.iter().any(|word| word.ends_with(b"-cpu=native"))),
+        };
+        let fields = RustcAction {
+            tool,
+            arguments: &arguments,
+            working_directory: &self.request.working_directory,
+            environment: self.environment,
+            extra_variables: &self.config.extra_variables,
+            cpu: if for_this_cpu { Some(cpu_identity().ok_or(Refusal::Toolchain)?) } else { None },
+            roots: self.roots,
+        }
+        .fields()
+        .map_err(|_| Refusal::Paths)?;
+        Ok((action::action_key(&fields), fields))
     }
 }
 
@@ -195,7 +334,7 @@ fn variable<'a>(environment: &'a [(Vec<u8>, Vec<u8>)], name: &str) -> Option<&'a
 }
 
 fn find_roots(
-    invocation: &Invocation,
+    task: &Task,
     working_directory: &Path,
     environment: &[(Vec<u8>, Vec<u8>)],
     sysroot: &Path,
@@ -207,8 +346,13 @@ fn find_roots(
         .or_else(|| home.as_ref().map(|home| [home.as_slice(), b"/.cargo"].concat()));
     let in_cargo_home =
         cargo_home.as_ref().is_some_and(|path| working_directory.starts_with(OsStr::from_bytes(path)));
-    let workspace = (!in_cargo_home).then(|| bytes(working_directory));
-    let target = invocation.target_directory().map(|path| bytes(&working_directory.join(path)));
+    let (workspace, target) = match task {
+        Task::Compile(invocation) => (working_directory, invocation.target_directory()),
+        Task::Probe => (working_directory, None),
+        Task::Script(script) => (script.workspace.as_path(), script.target_directory()),
+    };
+    let workspace = (!in_cargo_home).then(|| bytes(workspace));
+    let target = target.map(|path| bytes(&working_directory.join(path)));
     Roots::new(
         [
             (Root::Workspace, workspace),
@@ -223,14 +367,14 @@ fn find_roots(
 }
 
 /// Digest of the CPU's model and features as the kernel reports them.
-fn cpu_identity() -> Result<Digest, Refusal> {
-    let text = fs::read_to_string("/proc/cpuinfo").map_err(|_| Refusal::Toolchain)?;
+pub(crate) fn cpu_identity() -> Option<Digest> {
+    let text = fs::read_to_string("/proc/cpuinfo").ok()?;
     let relevant = ["vendor_id", "cpu family", "model", "stepping", "flags", "Features", "CPU "];
     let mut lines: Vec<&str> =
         text.lines().filter(|line| relevant.iter().any(|prefix| line.starts_with(prefix))).collect();
     lines.sort_unstable();
     lines.dedup();
-    if lines.is_empty() { Err(Refusal::Toolchain) } else { Ok(Digest::of(lines.join("\n").as_bytes())) }
+    (!lines.is_empty()).then(|| Digest::of(lines.join("\n").as_bytes()))
 }
 
 #[cfg(test)]

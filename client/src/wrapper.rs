@@ -7,48 +7,112 @@ use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
-use std::process::{Command, ExitCode, ExitStatus};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{self, ExitCode, ExitStatus};
 use std::time::Instant;
 
 use crate::config::{Config, Mode, Surroundings};
-use crate::connect::Address;
-use crate::invocation::is_probe;
-use crate::ipc::{self, Finished, Hit, Request, Response, Run, UnitRequest, Variable};
+use crate::connect::{Address, Program};
+use crate::invocation::{is_probe, is_storable_probe};
+use crate::ipc::{self, Finished, Hit, Placement, Request, Response, Run, UnitRequest, Variable};
+use crate::process::{end_like, end_with_parent, umask};
 use crate::streams::{self, Recorded};
-use crate::{memo, notice, process};
+use crate::{launcher, memo, notice};
 
-/// Runs one unit: `compiler` and the arguments cargo gave.
-pub(crate) fn run(started: Instant, compiler: &OsStr, arguments: &[OsString]) -> ExitCode {
+/// Set for what a traced command starts: wrappers and launchers in there step aside.
+const TRACED_VARIABLE: &str = "CACHEC_TRACED";
+
+/// What a wrapper runs.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Command<'a> {
+    /// A compiler, or a build script's program.
+    pub(crate) program: &'a OsStr,
+    /// As cargo gave them.
+    pub(crate) arguments: &'a [OsString],
+    pub(crate) is_script: bool,
+    /// Whether cargo shows what is written to standard error.
+    pub(crate) is_heard: bool,
+}
+
+impl Command<'_> {
+    /// Becomes the command: nothing of cachec is left.
+    pub(crate) fn become_it(&self) -> ExitCode {
+        let error = self.with_arguments(self.arguments.iter().map(OsString::as_os_str)).exec();
+        eprintln!("cachec: cannot run {}: {error}", self.program.to_string_lossy());
+        ExitCode::from(127)
+    }
+
+    /// Tells the user, once in a build.
+    fn say(&self, directory: &Path, text: &str) {
+        if self.is_heard {
+            notice::once(directory, text);
+        }
+    }
+
+    fn with_arguments<'w>(&self, arguments: impl Iterator<Item = &'w OsStr>) -> process::Command {
+        let mut command = process::Command::new(self.program);
+        command.args(arguments);
+        if self.is_script {
+            command.arg0(launcher::own_name());
+        }
+        command
+    }
+}
+
+/// Runs one unit of a compiler, with the arguments that cargo gave.
+pub(crate) fn run_compiler(started: Instant, compiler: &OsStr, arguments: &[OsString]) -> ExitCode {
     let words: Vec<Vec<u8>> = arguments.iter().map(|word| word.as_bytes().to_vec()).collect();
-    if is_probe(&words) {
-        return process::become_compiler(compiler, arguments);
+    let is_probe = is_probe(&words);
+    let command = Command { program: compiler, arguments, is_script: false, is_heard: !is_probe };
+    if is_probe && !is_storable_probe(&words, has_empty_input()) {
+        return command.become_it();
+    }
+    match Program::own() {
+        Ok(own) => run(started, &command, &own),
+        Err(_) => command.become_it(),
+    }
+}
+
+/// Whether standard input is the null device.
+fn has_empty_input() -> bool {
+    let device = |path: &str| fs::metadata(path).map(|metadata| metadata.rdev()).ok();
+    device("/proc/self/fd/0").is_some_and(|input| Some(input) == device("/dev/null"))
+}
+
+/// Runs one unit with the agent of `wrapper`, this program under the name that cargo knows.
+pub(crate) fn run(started: Instant, command: &Command<'_>, wrapper: &Program) -> ExitCode {
+    if std::env::var_os(TRACED_VARIABLE).is_some() {
+        return command.become_it();
     }
     let parent = rustix::process::getppid().map(|id| id.as_raw_nonzero().get().unsigned_abs());
     let surroundings = Surroundings::of_this_process(parent);
     let config = match Config::load(&surroundings) {
-        Ok(config) if config.mode == Mode::Off => return process::become_compiler(compiler, arguments),
+        Ok(config) if config.mode == Mode::Off => return command.become_it(),
         Ok(config) => config,
         Err(error) => {
             let text = format!("not used, because of its configuration: {error}");
-            notice::once(&surroundings.default_runtime_directory(), &text);
-            return process::become_compiler(compiler, arguments);
+            command.say(&surroundings.default_runtime_directory(), &text);
+            return command.become_it();
         }
     };
-    let address = Address::of(&config);
+    let address = Address::of(&config, wrapper);
     let stream = match address.connect_or_start(&config) {
         Ok(stream) => stream,
         Err(error) => {
-            notice::once(&surroundings.default_runtime_directory(), &format!("not used: {error}"));
-            return process::become_compiler(compiler, arguments);
+            command.say(&surroundings.default_runtime_directory(), &format!("not used: {error}"));
+            return command.become_it();
         }
     };
-    let unit = Unit { started, compiler, arguments, words, config: &config };
+    let words = command.arguments.iter().map(|word| word.as_bytes().to_vec()).collect();
+    let unit = Unit { started, command: *command, words, config: &config };
     let mut session = Session { stream, address };
     match unit.run(&mut session) {
-        Ok(status) => status.map_or(ExitCode::SUCCESS, process::end_like),
+        Ok(status) => status.map_or(ExitCode::SUCCESS, end_like),
         Err(error) => {
-            eprintln!("cachec: cannot run {}: {error}", compiler.to_string_lossy());
+            eprintln!("cachec: cannot run {}: {error}", command.program.to_string_lossy());
             ExitCode::from(127)
         }
     }
@@ -56,8 +120,7 @@ pub(crate) fn run(started: Instant, compiler: &OsStr, arguments: &[OsString]) ->
 
 struct Unit<'a> {
     started: Instant,
-    compiler: &'a OsStr,
-    arguments: &'a [OsString],
+    command: Command<'a>,
     words: Vec<Vec<u8>>,
     config: &'a Config,
 }
@@ -108,7 +171,7 @@ impl Unit<'_> {
 
     fn request(&self) -> UnitRequest {
         UnitRequest {
-            compiler: self.compiler.as_bytes().to_vec(),
+            compiler: self.command.program.as_bytes().to_vec(),
             arguments: self.words.iter().map(|word| word.clone().into()).collect(),
             environment: std::env::vars_os()
                 .map(|(name, value)| Variable { name: name.into_vec(), value: value.into_vec() })
@@ -116,7 +179,9 @@ impl Unit<'_> {
             working_directory: std::env::current_dir()
                 .map(|path| path.into_os_string().into_vec())
                 .unwrap_or_default(),
-            umask: process::umask(),
+            umask: umask(),
+            is_script: self.command.is_script,
+            is_heard: self.command.is_heard,
         }
     }
 
@@ -126,6 +191,9 @@ impl Unit<'_> {
         let started = Instant::now();
         let arguments: Vec<Vec<u8>> = run.arguments.iter().map(|word| word.to_vec()).collect();
         let mut command = self.command(arguments.iter().map(|word| OsStr::from_bytes(word)));
+        if run.record.is_some() {
+            command.env(TRACED_VARIABLE, "1");
+        }
         let recorded = if run.record.is_some() || arguments != self.words {
             streams::run_recorded(&mut command, &arguments, run.record.clone())?
         } else {
@@ -133,7 +201,7 @@ impl Unit<'_> {
         };
         let status = if recorded.failed_unheard {
             // Perhaps the remapped paths are to blame; what cargo asked for decides, and is what it hears.
-            self.command(self.arguments.iter().map(OsString::as_os_str)).status()?
+            self.command(self.command.arguments.iter().map(OsString::as_os_str)).status()?
         } else {
             recorded.status
         };
@@ -152,22 +220,24 @@ impl Unit<'_> {
     }
 
     fn compile_plainly(&self, reason: &str) -> io::Result<ExitStatus> {
-        notice::once(&self.config.runtime_directory, &format!("not used: {reason}"));
-        self.command(self.arguments.iter().map(OsString::as_os_str)).status()
+        self.command.say(&self.config.runtime_directory, &format!("not used: {reason}"));
+        self.command(self.command.arguments.iter().map(OsString::as_os_str)).status()
     }
 
-    fn command<'w>(&self, arguments: impl Iterator<Item = &'w OsStr>) -> Command {
-        let mut command = Command::new(self.compiler);
-        command.args(arguments);
-        process::end_with_parent(&mut command);
+    fn command<'w>(&self, arguments: impl Iterator<Item = &'w OsStr>) -> process::Command {
+        let mut command = self.command.with_arguments(arguments);
+        end_with_parent(&mut command);
         command
     }
 
     /// Prints what the agent has to say, once it lets the wrapper go.
     fn end(&self, session: &mut Session, response: io::Result<Response>) {
         match response {
-            Ok(Response::Done(notices)) => {
-                notices.iter().for_each(|text| notice::once(&self.config.runtime_directory, text));
+            Ok(Response::Done(notices, placement)) => {
+                if let Some(placement) = placement {
+                    place(&placement);
+                }
+                notices.iter().for_each(|text| self.command.say(&self.config.runtime_directory, text));
             }
             Ok(_) => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => session.address.abandon(),
@@ -179,6 +249,36 @@ impl Unit<'_> {
 /// Moves all staged files to their places; the first failure ends it.
 fn rename_all(hit: &Hit) -> io::Result<()> {
     hit.renames.iter().try_for_each(|rename| {
-        fs::rename(OsStr::from_bytes(&rename.staged), OsStr::from_bytes(&rename.destination))
+        let (staged, destination) =
+            (Path::new(OsStr::from_bytes(&rename.staged)), Path::new(OsStr::from_bytes(&rename.destination)));
+        match fs::rename(staged, destination) {
+            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => replace(staged, destination),
+            outcome => outcome,
+        }
     })
+}
+
+/// Puts a directory in the place of another, which is removed.
+fn replace(staged: &Path, destination: &Path) -> io::Result<()> {
+    let mut old = staged.as_os_str().to_owned();
+    old.push("-old");
+    fs::rename(destination, &old)?;
+    if let Err(error) = fs::rename(staged, destination) {
+        fs::rename(&old, destination)?;
+        return Err(error);
+    }
+    // What cannot be removed is in nobody's way.
+    let _ = fs::remove_dir_all(&old);
+    Ok(())
+}
+
+/// Puts a launcher in the place of a build script's program. Where that fails the program stays, and is run.
+fn place(placement: &Placement) {
+    let path = |bytes: &[u8]| PathBuf::from(OsStr::from_bytes(bytes));
+    let (staged, program) = (path(&placement.launcher.staged), path(&placement.launcher.destination));
+    let kept = path(&placement.kept);
+    let _ = fs::remove_file(&kept);
+    if fs::hard_link(&program, &kept).is_ok() {
+        let _ = fs::rename(staged, program);
+    }
 }

@@ -56,9 +56,9 @@ use crate::roots::{RootError, Roots};
 /// [`crate::arguments`] that changes a key's bytes comes with a new number here.
 pub const KEY_VERSION: &str = "cachec 2026-11 rustc action key v1";
 
-/// How a field enters the key.
+/// How a field enters a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Treatment {
+pub(crate) enum Treatment {
     Included,
     Normalised,
     LeftOut,
@@ -74,8 +74,12 @@ const ARGUMENT_RULES: &[(&str, Treatment)] = &[
     ("--check-cfg", Included),
 ];
 
-/// The variables that are not left out; a name that ends in `*` stands for all that start like it.
-const VARIABLE_RULES: &[(&str, Treatment)] = &[
+/// What is done with which variables: the first rule that fits decides. A `*` at one end of a name stands for
+/// anything.
+pub(crate) type VariableRules = &'static [(&'static str, Treatment)];
+
+/// The variables that are not left out.
+const VARIABLE_RULES: VariableRules = &[
     ("CARGO_MANIFEST_DIR", Normalised),
     ("CARGO_MANIFEST_PATH", Normalised),
     ("CARGO_TARGET_TMPDIR", Normalised),
@@ -141,48 +145,62 @@ impl RustcAction<'_> {
         }
         for argument in self.arguments {
             let value = argument.value.as_deref().unwrap_or_default();
-            if let Some(value) = self.treat(argument_treatment(&argument.flag), value)? {
+            if let Some(value) = treat(argument_treatment(&argument.flag), value, self.roots)? {
                 fields.push(format!("argument {}", argument.flag), value);
             }
         }
-        self.push_variables(&mut fields)?;
+        push_variables(&mut fields, self.environment, self.roots, |name| {
+            let listed = self.extra_variables.iter().any(|extra| extra == name);
+            rule(VARIABLE_RULES, name).unwrap_or(if listed { Normalised } else { LeftOut })
+        })?;
         Ok(fields)
-    }
-
-    fn push_variables(&self, fields: &mut Fields) -> Result<(), RootError> {
-        let mut environment: Vec<&(Vec<u8>, Vec<u8>)> = self.environment.iter().collect();
-        environment.sort_unstable();
-        for (name, value) in environment {
-            let Ok(name) = std::str::from_utf8(name) else { continue };
-            if let Some(value) = self.treat(self.variable_treatment(name), value)? {
-                fields.push(format!("variable {name}"), value);
-            }
-        }
-        Ok(())
-    }
-
-    fn treat<'v>(&self, treatment: Treatment, value: &'v [u8]) -> Result<Option<Cow<'v, [u8]>>, RootError> {
-        Ok(match treatment {
-            LeftOut => None,
-            Included => Some(Cow::Borrowed(value)),
-            Normalised => Some(Cow::Owned(self.roots.normalise(value)?)),
-        })
-    }
-
-    fn variable_treatment(&self, name: &str) -> Treatment {
-        let rule = VARIABLE_RULES.iter().find(|(pattern, _)| match pattern.strip_suffix('*') {
-            Some(prefix) => name.starts_with(prefix),
-            None => name == *pattern,
-        });
-        match rule {
-            Some((_, treatment)) => *treatment,
-            None if self.extra_variables.iter().any(|extra| extra == name) => Normalised,
-            None => LeftOut,
-        }
     }
 }
 
-/// The action key of a unit with these fields.
+/// Adds the variables that rules and names let in, sorted by name.
+///
+/// # Errors
+/// As [`RustcAction::fields`].
+pub(crate) fn push_variables(
+    fields: &mut Fields,
+    environment: &[(Vec<u8>, Vec<u8>)],
+    roots: &Roots,
+    treatment: impl Fn(&str) -> Treatment,
+) -> Result<(), RootError> {
+    let mut environment: Vec<&(Vec<u8>, Vec<u8>)> = environment.iter().collect();
+    environment.sort_unstable();
+    for (name, value) in environment {
+        let Ok(name) = std::str::from_utf8(name) else { continue };
+        if let Some(value) = treat(treatment(name), value, roots)? {
+            fields.push(format!("variable {name}"), value);
+        }
+    }
+    Ok(())
+}
+
+/// What the rules say of a variable; `None` where none fits.
+pub(crate) fn rule(rules: VariableRules, name: &str) -> Option<Treatment> {
+    let fits = |pattern: &str| match (pattern.strip_suffix('*'), pattern.strip_prefix('*')) {
+        (Some(prefix), _) => name.starts_with(prefix),
+        (_, Some(suffix)) => name.ends_with(suffix),
+        _ => name == pattern,
+    };
+    rules.iter().find(|(pattern, _)| fits(pattern)).map(|(_, treatment)| *treatment)
+}
+
+fn treat<'v>(
+    treatment: Treatment,
+    value: &'v [u8],
+    roots: &Roots,
+) -> Result<Option<Cow<'v, [u8]>>, RootError> {
+    Ok(match treatment {
+        LeftOut => None,
+        Included => Some(Cow::Borrowed(value)),
+        Normalised => Some(Cow::Owned(roots.normalise(value)?)),
+    })
+}
+
+/// The action key of a rustc unit with these fields.
 #[must_use]
 pub fn action_key(fields: &Fields) -> ActionKey {
     fields.digest(KEY_VERSION).into()
@@ -190,6 +208,36 @@ pub fn action_key(fields: &Fields) -> ActionKey {
 
 fn argument_treatment(flag: &str) -> Treatment {
     ARGUMENT_RULES.iter().find(|(name, _)| *name == flag).map_or(Normalised, |(_, treatment)| *treatment)
+}
+
+/// Compares a module's table of fields with its rules.
+#[cfg(test)]
+pub(crate) fn check_documented_table(
+    source: &str,
+    before: impl Iterator<Item = (String, Treatment)>,
+    rules: VariableRules,
+) {
+    let word = |treatment| match treatment {
+        Included => "included",
+        Normalised => "normalised",
+        LeftOut => "left out",
+    };
+    let variables =
+        rules.iter().map(|(name, rule)| (format!("variable {}", name.replace('*', "{…}")), *rule));
+    let rows: Vec<String> = before
+        .chain(variables)
+        .chain([("variable {…}".to_owned(), LeftOut)])
+        .map(|(name, treatment)| format!("| `{name}` | {} |", word(treatment)))
+        .collect();
+    let documented: Vec<&str> = source
+        .lines()
+        .filter_map(|line| line.strip_prefix("//! "))
+        .filter(|line| line.starts_with("| `"))
+        .collect();
+    assert_eq!(documented.len(), rows.len());
+    for (documented, row) in documented.iter().zip(&rows) {
+        assert!(documented.starts_with(row.as_str()), "{documented} is not {row}");
+    }
 }
 
 #[cfg(test)]
@@ -285,33 +333,11 @@ mod tests {
 
     #[test]
     fn the_documented_table_is_the_code() {
-        let word = |treatment| match treatment {
-            Included => "included",
-            Normalised => "normalised",
-            LeftOut => "left out",
-        };
-        let rows: Vec<String> = [("tool", Included), ("working directory", Normalised), ("cpu", Included)]
+        let before = [("tool", Included), ("working directory", Normalised), ("cpu", Included)]
             .into_iter()
-            .map(|(name, treatment)| format!("| `{name}` | {} |", word(treatment)))
-            .chain(
-                ARGUMENT_RULES.iter().map(|(name, rule)| format!("| `argument {name}` | {} |", word(*rule))),
-            )
-            .chain(["| `argument {…}` | normalised |".to_owned()])
-            .chain(
-                VARIABLE_RULES.iter().map(|(name, rule)| {
-                    format!("| `variable {}` | {} |", name.replace('*', "{…}"), word(*rule))
-                }),
-            )
-            .chain(["| `variable {…}` | left out |".to_owned()])
-            .collect();
-        let documented: Vec<&str> = include_str!("action.rs")
-            .lines()
-            .filter_map(|line| line.strip_prefix("//! "))
-            .filter(|line| line.starts_with("| `"))
-            .collect();
-        assert_eq!(documented.len(), rows.len());
-        for (documented, row) in documented.iter().zip(&rows) {
-            assert!(documented.starts_with(row.as_str()), "{documented} is not {row}");
-        }
+            .map(|(name, treatment)| (name.to_owned(), treatment))
+            .chain(ARGUMENT_RULES.iter().map(|(name, rule)| (format!("argument {name}"), *rule)))
+            .chain([("argument {…}".to_owned(), Normalised)]);
+        check_documented_table(include_str!("action.rs"), before, VARIABLE_RULES);
     }
 }

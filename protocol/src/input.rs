@@ -52,6 +52,10 @@ pub enum InputKind {
     /// found first, none where nothing is.
     #[n(9)]
     Program,
+    /// A program looked at the CPU, or was told to build for the one it runs on; the name is empty, the
+    /// digest that of the CPU's model and features.
+    #[n(10)]
+    Cpu,
 }
 
 /// One observed input.

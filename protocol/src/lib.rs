@@ -22,6 +22,7 @@ pub mod message;
 pub mod pack;
 pub mod result;
 pub mod roots;
+pub mod script;
 
 pub use action::RustcAction;
 pub use arguments::{Argument, ArgumentError};
@@ -31,3 +32,4 @@ pub use fields::Fields;
 pub use input::{Input, InputKind, InputSet};
 pub use result::{Output, OutputKind, Pack, StoredResult};
 pub use roots::{Root, Roots};
+pub use script::ScriptAction;

@@ -24,18 +24,26 @@ pub const UPLOAD_LEVEL: i32 = 3;
 ///
 /// # Errors
 /// Those of zstd's set-up, which only fails for lack of memory, and later those of `writer`.
-pub fn compressor<W: Write>(
-    writer: W,
-    content_bytes: u64,
-    level: i32,
-) -> io::Result<zstd::Encoder<'static, W>> {
+pub fn compressor<W: Write>(writer: W, length: Length, level: i32) -> io::Result<zstd::Encoder<'static, W>> {
     let mut encoder = zstd::Encoder::new(writer, level)?;
+    let (Length::Exactly(content_bytes) | Length::About(content_bytes)) = length;
     let window_log = content_bytes.next_power_of_two().trailing_zeros().clamp(MIN_WINDOW_LOG, MAX_WINDOW_LOG);
     encoder.window_log(window_log)?;
     encoder.long_distance_matching(content_bytes > 1 << MIN_WINDOW_LOG)?;
-    encoder.include_contentsize(true)?;
-    encoder.set_pledged_src_size(Some(content_bytes))?;
+    if length == Length::Exactly(content_bytes) {
+        encoder.include_contentsize(true)?;
+        encoder.set_pledged_src_size(Some(content_bytes))?;
+    }
     Ok(encoder)
+}
+
+/// How many bytes are going to be compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Length {
+    /// So many, or compressing fails.
+    Exactly(u64),
+    /// So many, more or less: decides how far back matches are looked for.
+    About(u64),
 }
 
 /// Compresses bytes that are at hand.
@@ -43,7 +51,7 @@ pub fn compressor<W: Write>(
 /// # Errors
 /// As [`compressor`].
 pub fn compress(content: &[u8], level: i32) -> io::Result<Vec<u8>> {
-    let mut encoder = compressor(Vec::new(), content.len() as u64, level)?;
+    let mut encoder = compressor(Vec::new(), Length::Exactly(content.len() as u64), level)?;
     encoder.write_all(content)?;
     encoder.finish()
 }

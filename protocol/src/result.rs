@@ -26,9 +26,15 @@ pub enum OutputKind {
     /// Roots' paths are stored as markers, and written back where the file is restored.
     #[n(1)]
     Text,
+    /// A directory; without bytes.
+    #[n(2)]
+    Directory,
+    /// A symbolic link; the bytes are its text, which leads to a place in the output directory.
+    #[n(3)]
+    Link,
 }
 
-/// One file that a run left.
+/// One file, directory or link that a run left.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 #[cbor(map)]
 pub struct Output {

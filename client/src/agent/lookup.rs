@@ -93,7 +93,7 @@ async fn fetch(
     unit: &Arc<Unit>,
     result: &StoredResult,
 ) -> io::Result<Restored> {
-    let pack = result.pack.ok_or(io::ErrorKind::InvalidData)?;
+    let Some(pack) = result.pack else { return restore::without_outputs(unit, result) };
     let stream = Box::pin(remote.blob(&pack.digest).await.map_err(io::Error::other)?);
     let (sender, receiver) = tokio::sync::mpsc::channel(8);
     let staging = {
@@ -137,14 +137,14 @@ fn matching(agent: &Agent, unit: &Unit, results: Vec<StoredResult>) -> Option<St
         }
     }
     if let Some(name) = first_difference {
-        *agent.statistics().changed_inputs.entry(name).or_default() += 1;
+        *agent.statistics_of(unit).changed_inputs.entry(name).or_default() += 1;
     }
     None
 }
 
 fn restore_failed(agent: &Agent, unit: &Unit, error: &io::Error) {
-    tracing::warn!("{} could not be restored: {error}", unit.invocation.crate_name);
-    agent.statistics().failed_restores += 1;
+    tracing::warn!("{} could not be restored: {error}", unit.name());
+    agent.statistics_of(unit).failed_restores += 1;
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Option<T> + Send + 'static) -> Option<T> {

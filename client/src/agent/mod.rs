@@ -10,6 +10,7 @@
 //! leaf mutexes; none is held across another or across an `await`.
 
 mod gates;
+mod launcher;
 mod listen;
 mod lookup;
 mod publish;
@@ -17,6 +18,7 @@ mod record;
 mod restore;
 mod session;
 mod statistics;
+mod tree;
 
 pub(crate) use listen::run;
 
@@ -32,6 +34,7 @@ use crate::local::LocalTier;
 use crate::memo::Memo;
 use crate::remote::Remote;
 use crate::toolchain::Toolchains;
+use crate::unit::{Task, Unit};
 use gates::Gates;
 use statistics::Statistics;
 
@@ -50,6 +53,8 @@ pub(crate) struct Agent {
     local: Option<LocalTier>,
     remote: Option<Remote>,
     statistics: Mutex<Statistics>,
+    /// Those of probes, which are no units.
+    probe_statistics: Mutex<Statistics>,
     gates: Gates,
     /// Units between their request and their end.
     active: watch::Sender<usize>,
@@ -83,6 +88,7 @@ impl Agent {
             local,
             remote,
             statistics: Mutex::default(),
+            probe_statistics: Mutex::default(),
             gates: Gates::default(),
             active: watch::Sender::new(0),
             pending: watch::Sender::new(0),
@@ -97,6 +103,14 @@ impl Agent {
 
     fn statistics(&self) -> MutexGuard<'_, Statistics> {
         self.statistics.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The statistics that a unit counts in.
+    fn statistics_of(&self, unit: &Unit) -> MutexGuard<'_, Statistics> {
+        match unit.task {
+            Task::Probe => self.probe_statistics.lock().unwrap_or_else(PoisonError::into_inner),
+            _ => self.statistics(),
+        }
     }
 
     /// Queues a line for the user; each text is shown once.
@@ -152,6 +166,8 @@ impl Agent {
         let mut report = serde_json::to_value(&*statistics).unwrap_or_default();
         let count = |number: &std::sync::atomic::AtomicU64| number.load(std::sync::atomic::Ordering::Relaxed);
         report["hit_latency"] = serde_json::json!(statistics.hit_latency());
+        report["probes"] =
+            serde_json::json!(*self.probe_statistics.lock().unwrap_or_else(PoisonError::into_inner));
         report["pending"] = serde_json::json!(*self.pending.borrow());
         report["version"] = serde_json::json!(env!("CARGO_PKG_VERSION"));
         report["namespace"] = serde_json::json!(self.config.namespace);

@@ -33,18 +33,18 @@ pub(super) struct Job {
 /// Starts storing; returns at once.
 pub(super) fn start(agent: &Arc<Agent>, job: Job) {
     if *agent.pending.borrow() >= MAX_PENDING {
-        count_not_stored(agent, "queue-full");
+        count_not_stored(agent, &job.unit, "queue-full");
         return;
     }
     let counted = Counted::new(&agent.pending);
     let agent = Arc::clone(agent);
     tokio::spawn(async move {
         let Job { unit, finished, outputs, gate } = job;
-        match pack(&agent, unit, finished, outputs).await {
-            Ok(recorded) => store(&agent, recorded).await,
+        match pack(&agent, Arc::clone(&unit), finished, outputs).await {
+            Ok(recorded) => store(&agent, &unit, recorded).await,
             Err(reason) => {
                 tracing::info!("not stored: {reason:?}");
-                count_not_stored(&agent, &reason.to_string());
+                count_not_stored(&agent, &unit, &reason.to_string());
             }
         }
         drop((gate, counted));
@@ -52,8 +52,8 @@ pub(super) fn start(agent: &Arc<Agent>, job: Job) {
 }
 
 /// Counts a compiled unit whose result is not stored.
-pub(super) fn count_not_stored(agent: &Agent, reason: &str) {
-    *agent.statistics().not_stored.entry(reason.to_owned()).or_default() += 1;
+pub(super) fn count_not_stored(agent: &Agent, unit: &Unit, reason: &str) {
+    *agent.statistics_of(unit).not_stored.entry(reason.to_owned()).or_default() += 1;
 }
 
 async fn pack(
@@ -77,16 +77,17 @@ async fn pack(
     .map_err(std::io::Error::other)?
 }
 
-async fn store(agent: &Agent, recorded: Recorded) {
+async fn store(agent: &Agent, unit: &Unit, recorded: Recorded) {
     {
-        let mut statistics = agent.statistics();
+        let mut statistics = agent.statistics_of(unit);
         statistics.stored += 1;
         statistics.bound += u64::from(recorded.bound);
     }
-    // Without a pack there was no server to take it when the result was recorded.
-    let Some(remote) = agent.writable_remote().filter(|_| recorded.pack.is_some()) else { return };
+    // Without the pack's bytes there was no server to take them when the result was recorded.
+    let is_whole = recorded.pack.is_some() || recorded.publish.result.pack.is_none();
+    let Some(remote) = agent.writable_remote().filter(|_| is_whole) else { return };
     match upload(remote, recorded).await {
-        Ok(()) => agent.statistics().uploaded += 1,
+        Ok(()) => agent.statistics_of(unit).uploaded += 1,
         Err(error) => {
             tracing::warn!("a result could not be uploaded: {error}");
             if let RemoteError::Refused { status: 507, .. } = error {

@@ -9,21 +9,24 @@ use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use cachec_protocol::message::PublishRequest;
-use cachec_protocol::pack::{self, UPLOAD_LEVEL};
+use cachec_protocol::pack::{self, Length, UPLOAD_LEVEL};
 use cachec_protocol::result::MAX_STREAM_BYTES;
 use cachec_protocol::{
     Digest, Input, InputKind, InputSet, Output, OutputKind, Pack, Root, StoredResult, encode,
 };
 use tempfile::{NamedTempFile, SpooledTempFile};
 
+use super::tree;
 use crate::dep_info::DepInfo;
 use crate::inputs::{self, NotStorable};
+use crate::invocation::Invocation;
 use crate::ipc::Finished;
 use crate::local::LocalTier;
 use crate::memo::{Identity, Memo};
+use crate::script::{self, Directives};
 use crate::streams::ARTIFACT_NOTIFICATION;
 use crate::tracer::Trace;
 use crate::unit::Unit;
@@ -40,11 +43,22 @@ pub(crate) struct OpenOutputs {
 }
 
 #[derive(Debug)]
-struct OpenOutput {
-    name: String,
-    file: File,
-    identity: Identity,
-    executable: bool,
+pub(super) struct OpenOutput {
+    pub(super) name: String,
+    pub(super) source: Source,
+    pub(super) identity: Identity,
+    pub(super) executable: bool,
+}
+
+/// Where an output's content is.
+#[derive(Debug)]
+pub(super) enum Source {
+    Open(File),
+    /// At a path where nobody replaces it, or its identity tells.
+    At(PathBuf),
+    Directory,
+    /// In a link's text.
+    Link(String),
 }
 
 /// A result that is ready to be stored. The pack is compressed and stands at its beginning.
@@ -66,14 +80,18 @@ pub(crate) struct Stores<'a> {
 
 /// Opens what the run left: what it was seen to leave, or what such a unit must leave.
 pub(crate) fn open_outputs(unit: &Unit, trace: Option<&Trace>) -> Result<OpenOutputs, NotStorable> {
-    let required = unit.invocation.required_outputs();
+    let required = unit.required_outputs();
     let names = match trace {
         Some(Trace { obstacle: Some(obstacle), .. }) => return Err(NotStorable::Observed(obstacle.clone())),
         Some(trace) => observed_outputs(unit, trace)?,
         None if unit.needs_trace => return Err(NotStorable::Untraced),
         None => required.clone(),
     };
-    if names.is_empty() || required.iter().any(|name| !names.contains(name)) {
+    if let Some(script) = unit.script() {
+        return Ok(OpenOutputs { files: tree::walk(&script.output_directory)?, dep_info: Vec::new() });
+    }
+    let leaves_nothing = unit.invocation().is_some() && names.is_empty();
+    if leaves_nothing || required.iter().any(|name| !names.contains(name)) {
         return Err(NotStorable::MissingOutput);
     }
     let directory = unit.output_directory();
@@ -82,11 +100,16 @@ pub(crate) fn open_outputs(unit: &Unit, trace: Option<&Trace>) -> Result<OpenOut
     for name in names {
         let mut file = File::open(directory.join(&name)).map_err(|_| NotStorable::MissingOutput)?;
         let metadata = file.metadata()?;
-        if unit.invocation.dep_info_name().as_deref() == Some(name.as_str()) {
+        if unit.dep_info_name().as_deref() == Some(name.as_str()) {
             file.read_to_end(&mut dep_info)?;
         }
         let executable = metadata.mode() & 0o100 != 0;
-        files.push(OpenOutput { name, file, identity: Identity::of(&metadata), executable });
+        files.push(OpenOutput {
+            name,
+            source: Source::Open(file),
+            identity: Identity::of(&metadata),
+            executable,
+        });
     }
     Ok(OpenOutputs { files, dep_info })
 }
@@ -94,12 +117,18 @@ pub(crate) fn open_outputs(unit: &Unit, trace: Option<&Trace>) -> Result<OpenOut
 /// Names of the files that a traced run left, `.rmeta` before what contains it.
 fn observed_outputs(unit: &Unit, trace: &Trace) -> Result<Vec<String>, NotStorable> {
     let directory = unit.output_directory();
+    // A compiler removes its temporary files; other programs forget some.
+    let ignored = unit.script().map(|_| unit.temporary_directory());
     let mut names = Vec::with_capacity(trace.outputs.len());
     for path in &trace.outputs {
         let path = Path::new(OsStr::from_bytes(path));
+        if unit.script().is_some() && path.starts_with(&directory)
+            || ignored.as_ref().is_some_and(|ignored| path.starts_with(ignored))
+        {
+            continue;
+        }
         let name = path.strip_prefix(&directory).ok().and_then(Path::to_str);
-        let name =
-            name.filter(|name| unit.invocation.owns_output(name)).ok_or(NotStorable::WritesElsewhere)?;
+        let name = name.filter(|name| unit.owns_output(name)).ok_or(NotStorable::WritesElsewhere)?;
         if !fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_file()) {
             return Err(NotStorable::WritesElsewhere);
         }
@@ -128,25 +157,37 @@ pub(crate) fn record(
     if stdout.len().max(stderr.len()) > MAX_STREAM_BYTES {
         return Err(NotStorable::LargeStreams);
     }
-    if has_diagnostics(&stderr) {
+    if unit.invocation().is_some() && has_diagnostics(&stderr) {
         let flag = "--diagnostic-width";
-        let digest = unit.invocation.values(flag).last().map(Digest::of);
+        let digest = unit.argument(flag).map(Digest::of);
         inputs.push(Input { kind: InputKind::Argument, name: flag.into(), digest });
     }
     let text = normalise(&outputs.dep_info)?;
     let mut found = Vec::new();
-    if unit.invocation.writes_rpath() {
+    if unit.invocation().is_some_and(Invocation::writes_rpath) {
         // The linker writes the way from the output to its libraries.
         found.extend(unit.roots.iter().map(|(root, _)| root));
     }
     for content in [&stdout, &stderr, &text] {
         found.extend(unit.roots.found_in(content));
     }
-    let packer = Packer::new(unit, stores, &outputs, text.len() as u64)?;
+    let mut replaced = Vec::new();
+    if let Some(script) = unit.script() {
+        let said = finished.stdout.as_deref().map_or(&[] as &[u8], Vec::as_slice);
+        let directives = Directives::parse(said);
+        script.check_run(&directives, &unit.working_directory)?;
+        script::check_clock(said, finished.started_ns)?;
+        inputs.extend(inputs::declared_variables(unit, &directives.variables)?);
+        replaced = unit.roots.found_in(said);
+    }
+    let packer = Packer::new(unit, finished.started_ns, stores, &outputs, text.len() as u64)?;
     let packed = packer.pack(outputs, &text)?;
     found.extend(packed.found);
+    replaced.extend(packed.replaced);
+    found.extend(inputs::named_in_files(unit, &inputs, &replaced));
     inputs.extend(found.iter().filter_map(|root| inputs::root_input(unit, *root)));
     let bound = inputs.iter().any(|input| input.kind == InputKind::Root);
+    let has_outputs = !packed.outputs.is_empty();
     let result = StoredResult {
         action_key: unit.action_key,
         input_set: InputSet::new(inputs),
@@ -154,7 +195,7 @@ pub(crate) fn record(
         stdout,
         stderr,
         compile_ms: finished.compile_ms,
-        pack: Some(Pack { digest: packed.digest }),
+        pack: has_outputs.then_some(Pack { digest: packed.digest }),
     };
     let action_fields = pack::compress(&encode(&unit.action_fields), UPLOAD_LEVEL)?;
     Ok(Recorded { publish: PublishRequest { result, action_fields }, pack: packed.spool, bound })
@@ -169,7 +210,10 @@ fn has_diagnostics(stderr: &[u8]) -> bool {
 struct Packed {
     outputs: Vec<Output>,
     digest: Digest,
+    /// Roots whose literal paths are in the stored bytes.
     found: Vec<Root>,
+    /// Roots that were written as variables in files of a build script.
+    replaced: Vec<Root>,
     spool: Option<SpooledTempFile>,
 }
 
@@ -177,30 +221,36 @@ struct Packed {
 /// for roots' literal paths.
 struct Packer<'a> {
     unit: &'a Unit,
+    started_ns: i64,
     stores: Stores<'a>,
     encoder: Option<zstd::Encoder<'static, SpooledTempFile>>,
     hasher: blake3::Hasher,
     found: Vec<Root>,
+    replaced: Vec<Root>,
 }
 
 impl<'a> Packer<'a> {
     fn new(
         unit: &'a Unit,
+        started_ns: i64,
         stores: Stores<'a>,
         outputs: &OpenOutputs,
         text_bytes: u64,
     ) -> Result<Self, NotStorable> {
-        let dep_info = unit.invocation.dep_info_name();
+        let dep_info = unit.dep_info_name();
         let binary_bytes: u64 = outputs
             .files
             .iter()
             .filter(|output| dep_info.as_ref() != Some(&output.name))
             .map(|output| output.identity.size_bytes)
             .sum();
-        let compressor =
-            || pack::compressor(SpooledTempFile::new(SPOOL_BYTES), binary_bytes + text_bytes, UPLOAD_LEVEL);
+        // Texts of a build script change on their way into the pack.
+        let length = if unit.script().is_some() { Length::About } else { Length::Exactly };
+        let length = length(binary_bytes + text_bytes);
+        let compressor = || pack::compressor(SpooledTempFile::new(SPOOL_BYTES), length, UPLOAD_LEVEL);
         let encoder = stores.wants_pack.then(compressor).transpose()?;
-        Ok(Self { unit, stores, encoder, hasher: blake3::Hasher::new(), found: Vec::new() })
+        let (hasher, found, replaced) = (blake3::Hasher::new(), Vec::new(), Vec::new());
+        Ok(Self { unit, started_ns, stores, encoder, hasher, found, replaced })
     }
 
     /// Adds bytes to the pack and its digest.
@@ -210,34 +260,73 @@ impl<'a> Packer<'a> {
     }
 
     fn pack(mut self, opened: OpenOutputs, text: &[u8]) -> Result<Packed, NotStorable> {
-        let dep_info = self.unit.invocation.dep_info_name();
+        let dep_info = self.unit.dep_info_name();
         let mut outputs = Vec::with_capacity(opened.files.len());
-        for output in opened.files {
-            outputs.push(if dep_info.as_ref() == Some(&output.name) {
-                self.add_text(output.name, text)?
-            } else {
-                self.add_binary(output)?
+        for OpenOutput { name, source, identity, executable } in opened.files {
+            outputs.push(match source {
+                _ if dep_info.as_ref() == Some(&name) => self.add_text(name, OutputKind::Text, text)?,
+                Source::Open(file) => self.add_binary(name, file, identity, executable)?,
+                Source::At(path) => self.add_tree_file(name, &path, identity, executable)?,
+                Source::Directory => self.add_text(name, OutputKind::Directory, b"")?,
+                Source::Link(target) => self.add_text(name, OutputKind::Link, target.as_bytes())?,
             });
         }
         let mut spool = self.encoder.map(zstd::Encoder::finish).transpose()?;
         if let Some(spool) = spool.as_mut() {
             spool.seek(SeekFrom::Start(0))?;
         }
-        Ok(Packed { outputs, digest: self.hasher.finalize().into(), found: self.found, spool })
+        let digest = self.hasher.finalize().into();
+        Ok(Packed { outputs, digest, found: self.found, replaced: self.replaced, spool })
     }
 
-    fn add_text(&mut self, name: String, text: &[u8]) -> Result<Output, NotStorable> {
+    fn add_text(&mut self, name: String, kind: OutputKind, text: &[u8]) -> Result<Output, NotStorable> {
         self.write(text)?;
         let digest = Digest::of(text);
         if let Some(tier) = self.stores.tier {
             super::restore::keep_bytes(tier, text, &digest, self.stores.memo)?;
         }
-        let size_bytes = text.len() as u64;
-        Ok(Output { name, kind: OutputKind::Text, executable: false, digest, size_bytes })
+        Ok(Output { name, kind, executable: false, digest, size_bytes: text.len() as u64 })
     }
 
-    fn add_binary(&mut self, opened: OpenOutput) -> Result<Output, NotStorable> {
-        let OpenOutput { name, mut file, identity, executable } = opened;
+    /// Adds a file of a build script's: as text with variables, where it names a root and is text.
+    fn add_tree_file(
+        &mut self,
+        name: String,
+        path: &Path,
+        identity: Identity,
+        executable: bool,
+    ) -> Result<Output, NotStorable> {
+        let mut file = File::open(path).map_err(|_| NotStorable::MissingOutput)?;
+        if Identity::of(&file.metadata()?) != identity {
+            return Err(NotStorable::OutputChanged);
+        }
+        if identity.size_bytes <= tree::MAX_TEXT_BYTES {
+            let mut content = Vec::new();
+            file.read_to_end(&mut content)?;
+            file.seek(SeekFrom::Start(0))?;
+            if name.ends_with(".rs") {
+                script::check_clock(&content, self.started_ns)?;
+            }
+            let roots = self.unit.roots.found_in(&content);
+            let normalised = self.unit.roots.normalise(&content).ok();
+            if let Some(text) =
+                normalised.filter(|text| *text != content && std::str::from_utf8(&content).is_ok())
+            {
+                self.found.extend(self.unit.roots.found_in(&text));
+                self.replaced.extend(roots);
+                return Ok(Output { executable, ..self.add_text(name, OutputKind::Text, &text)? });
+            }
+        }
+        self.add_binary(name, file, identity, executable)
+    }
+
+    fn add_binary(
+        &mut self,
+        name: String,
+        mut file: File,
+        identity: Identity,
+        executable: bool,
+    ) -> Result<Output, NotStorable> {
         let mut object = self.stores.tier.map(LocalTier::stage).transpose()?;
         let digest = self.read_chunks(&mut file, object.as_mut())?;
         let mut after = Identity::of(&file.metadata()?);

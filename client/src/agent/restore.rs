@@ -14,8 +14,10 @@ use std::path::{Path, PathBuf};
 
 use cachec_protocol::pack::Decompressor;
 use cachec_protocol::{Digest, Output, OutputKind, StoredResult};
-use tempfile::{NamedTempFile, TempPath};
+use tempfile::{NamedTempFile, TempDir, TempPath};
 
+use super::launcher::{self, StagedLauncher};
+use super::tree;
 use crate::ipc::{Hit, Rename};
 use crate::local::LocalTier;
 use crate::memo::{Identity, Memo};
@@ -27,7 +29,8 @@ const MAX_TEXT_BYTES: u64 = 64 << 20;
 /// One staged file; removed when dropped, unless the wrapper has renamed it.
 #[derive(Debug)]
 struct Staged {
-    path: TempPath,
+    /// None in a tree, which is renamed as a whole.
+    path: Option<TempPath>,
     destination: PathBuf,
     identity: Identity,
     digest: Digest,
@@ -37,6 +40,10 @@ struct Staged {
 #[derive(Debug)]
 pub(crate) struct Restored {
     files: Vec<Staged>,
+    /// A build script's staged output directory, and its destination.
+    tree: Option<(TempDir, PathBuf)>,
+    /// What takes the place of a build script's program.
+    launcher: Option<StagedLauncher>,
     stdout: Vec<u8>,
     stderr: Vec<u8>,
 }
@@ -51,16 +58,16 @@ pub(crate) fn from_local(
     tier: &LocalTier,
     memo: &Memo,
 ) -> io::Result<Restored> {
-    let stager = Stager::new(unit, result)?;
+    let mut stager = Stager::new(unit, result)?;
     let mut files = Vec::with_capacity(result.outputs.len());
     for output in &result.outputs {
         let object = tier.object(&output.digest, memo)?;
         files.push(match output.kind {
-            OutputKind::Text => stager.text(output, &fs::read(&object.0)?)?,
-            OutputKind::Binary => stager.place(output, &object)?,
+            OutputKind::Binary => Some(stager.place(output, &object)?),
+            _ => stager.text(output, &fs::read(&object.0)?)?,
         });
     }
-    stager.finish(files)
+    stager.finish(files.into_iter().flatten().collect())
 }
 
 /// Stages from a pack's compressed bytes; the outputs are kept in the local tier, if there is one.
@@ -74,13 +81,13 @@ pub(crate) fn from_pack(
     tier: Option<&LocalTier>,
     memo: &Memo,
 ) -> io::Result<Restored> {
-    let stager = Stager::new(unit, result)?;
+    let mut stager = Stager::new(unit, result)?;
     let mut content = Decompressor::new(compressed, result.outputs_bytes())?;
     let mut files = Vec::with_capacity(result.outputs.len());
     for output in &result.outputs {
         let mut part = (&mut content).take(output.size_bytes);
         files.push(match (output.kind, tier) {
-            (OutputKind::Text, _) => {
+            (OutputKind::Text | OutputKind::Directory | OutputKind::Link, _) => {
                 let text = read_text(&mut part, output)?;
                 if let Some(tier) = tier {
                     keep_bytes(tier, &text, &output.digest, memo)?;
@@ -91,27 +98,44 @@ pub(crate) fn from_pack(
                 let mut staged = tier.stage()?;
                 copy_checked(&mut part, staged.as_file_mut(), output)?;
                 tier.keep_object(staged, &output.digest, memo)?;
-                stager.place(output, &tier.object(&output.digest, memo)?)?
+                Some(stager.place(output, &tier.object(&output.digest, memo)?)?)
             }
             (OutputKind::Binary, None) => {
                 let mut staged = stager.new_file(output)?;
                 copy_checked(&mut part, staged.as_file_mut(), output)?;
-                stager.staged(output, staged.into_temp_path(), output.digest)?
+                Some(stager.staged(output, staged.into_temp_path(), output.digest)?)
             }
         });
     }
     let (digest, _) = content.finish()?;
-    if result.pack.is_some_and(|pack| pack.digest == digest) { stager.finish(files) } else { Err(corrupt()) }
+    if result.pack.is_some_and(|pack| pack.digest == digest) {
+        stager.finish(files.into_iter().flatten().collect())
+    } else {
+        Err(corrupt())
+    }
+}
+
+/// What is left to do for a result without outputs.
+///
+/// # Errors
+/// As [`from_local`].
+pub(crate) fn without_outputs(unit: &Unit, result: &StoredResult) -> io::Result<Restored> {
+    Stager::new(unit, result)?.finish(Vec::new())
 }
 
 impl Restored {
     /// The message to the wrapper.
     pub(crate) fn to_hit(&self) -> Hit {
         let bytes = |path: &Path| OsString::from(path).into_vec();
-        let rename =
-            |file: &Staged| Rename { staged: bytes(&file.path), destination: bytes(&file.destination) };
+        let rename = |staged: &Path, destination: &Path| Rename {
+            staged: bytes(staged),
+            destination: bytes(destination),
+        };
+        let files = self.files.iter().filter_map(|file| Some(rename(file.path.as_ref()?, &file.destination)));
+        let tree = self.tree.iter().map(|(staged, destination)| rename(staged.path(), destination));
+        let launcher = self.launcher.iter().map(StagedLauncher::rename);
         Hit {
-            renames: self.files.iter().map(rename).collect(),
+            renames: files.chain(tree).chain(launcher).collect(),
             stdout: self.stdout.clone(),
             stderr: self.stderr.clone(),
         }
@@ -127,7 +151,13 @@ impl Restored {
                 }
             }
             // The path is gone; there is nothing to remove.
-            let _ = file.path.keep();
+            let _ = file.path.map(TempPath::keep);
+        }
+        if let Some(launcher) = self.launcher {
+            launcher.placed();
+        }
+        if let Some((staged, _)) = self.tree {
+            let _ = staged.keep();
         }
     }
 }
@@ -135,7 +165,11 @@ impl Restored {
 struct Stager<'a> {
     unit: &'a Unit,
     result: &'a StoredResult,
+    /// Where files are staged.
     directory: PathBuf,
+    tree: Option<TempDir>,
+    /// Links of the tree and their texts; made at the end, so that nothing is written through one.
+    links: Vec<(PathBuf, String)>,
 }
 
 impl<'a> Stager<'a> {
@@ -143,19 +177,34 @@ impl<'a> Stager<'a> {
     /// that it must have is missing.
     fn new(unit: &'a Unit, result: &'a StoredResult) -> io::Result<Self> {
         let stored: Vec<&str> = result.outputs.iter().map(|output| output.name.as_str()).collect();
-        let missing = unit.invocation.required_outputs().iter().any(|name| !stored.contains(&name.as_str()));
-        if missing || !stored.iter().all(|name| unit.invocation.owns_output(name)) {
+        let missing = unit.required_outputs().iter().any(|name| !stored.contains(&name.as_str()));
+        if missing || !stored.iter().all(|name| unit.owns_output(name)) {
             return Err(corrupt());
         }
-        Ok(Self { unit, result, directory: unit.output_directory() })
+        let directory = unit.output_directory();
+        let tree = match unit.script() {
+            Some(_) => Some(Self::new_tree(unit, &directory)?),
+            None => None,
+        };
+        let directory = tree.as_ref().map_or(directory, |tree| tree.path().to_owned());
+        Ok(Self { unit, result, directory, tree, links: Vec::new() })
+    }
+
+    fn new_tree(unit: &Unit, destination: &Path) -> io::Result<TempDir> {
+        tempfile::Builder::new()
+            .prefix(".cachec-")
+            .permissions(fs::Permissions::from_mode(0o777 & !unit.umask))
+            .tempdir_in(destination.parent().unwrap_or(destination))
     }
 
     fn new_file(&self, output: &Output) -> io::Result<NamedTempFile> {
+        let path = self.directory.join(&output.name);
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
         tempfile::Builder::new()
             .prefix(".cachec-")
-            .suffix(&format!("-{}", output.name))
+            .suffix(&format!("-{name}"))
             .permissions(self.permissions(output))
-            .tempfile_in(&self.directory)
+            .tempfile_in(path.parent().unwrap_or(&self.directory))
     }
 
     fn staged(&self, output: &Output, path: TempPath, digest: Digest) -> io::Result<Staged> {
@@ -164,17 +213,51 @@ impl<'a> Stager<'a> {
             fs::set_permissions(&path, self.permissions(output))?;
         }
         let identity = Identity::of(&fs::metadata(&path)?);
-        Ok(Staged { path, destination: self.directory.join(&output.name), identity, digest })
+        let destination = self.destination(&output.name);
+        if self.tree.is_some() {
+            path.persist_noclobber(self.directory.join(&output.name)).map_err(io::Error::from)?;
+            return Ok(Staged { path: None, destination, identity, digest });
+        }
+        Ok(Staged { path: Some(path), destination, identity, digest })
     }
 
-    fn text(&self, output: &Output, stored: &[u8]) -> io::Result<Staged> {
-        if Digest::of(stored) != output.digest {
+    /// Where an output goes: beside its place, for the program of a build script.
+    fn destination(&self, name: &str) -> PathBuf {
+        let directory = self.unit.output_directory();
+        match launcher::kept_program(self.unit) {
+            Some((program, kept)) if program == name => directory.join(kept),
+            _ => directory.join(name),
+        }
+    }
+
+    /// Stages a text, or makes the directory or link in a tree; nothing is left to be renamed then.
+    fn text(&mut self, output: &Output, stored: &[u8]) -> io::Result<Option<Staged>> {
+        if Digest::of(stored) != output.digest || stored.len() as u64 != output.size_bytes {
             return Err(corrupt());
+        }
+        let is_in_tree = self.tree.is_some();
+        let path = self.directory.join(&output.name);
+        match output.kind {
+            OutputKind::Directory if is_in_tree => {
+                fs::create_dir(&path)?;
+                fs::set_permissions(&path, fs::Permissions::from_mode(0o777 & !self.unit.umask))?;
+                return Ok(None);
+            }
+            OutputKind::Link if is_in_tree => {
+                let target = std::str::from_utf8(stored).map_err(|_| corrupt())?;
+                if !tree::stays_inside(&output.name, target) {
+                    return Err(corrupt());
+                }
+                self.links.push((path, target.to_owned()));
+                return Ok(None);
+            }
+            OutputKind::Text => {}
+            _ => return Err(corrupt()),
         }
         let text = self.expand(stored)?;
         let mut staged = self.new_file(output)?;
         staged.write_all(&text)?;
-        self.staged(output, staged.into_temp_path(), Digest::of(&text))
+        self.staged(output, staged.into_temp_path(), Digest::of(&text)).map(Some)
     }
 
     /// Clones, else hard-links where that is safe, else copies a verified object.
@@ -206,7 +289,8 @@ impl<'a> Stager<'a> {
     fn may_link(&self, output: &Output, object: &Path) -> bool {
         let has_fresh_companion = self.result.outputs.iter().any(|other| other.name.ends_with(".rmeta"));
         let has_mode = |metadata: fs::Metadata| metadata.mode() & 0o777 == self.permissions(output).mode();
-        output.name.ends_with(".rlib")
+        self.tree.is_none()
+            && output.name.ends_with(".rlib")
             && has_fresh_companion
             && !self.unit.is_primary
             && fs::metadata(object).is_ok_and(has_mode)
@@ -223,11 +307,12 @@ impl<'a> Stager<'a> {
     }
 
     fn finish(self, files: Vec<Staged>) -> io::Result<Restored> {
-        Ok(Restored {
-            files,
-            stdout: self.expand(&self.result.stdout)?,
-            stderr: self.expand(&self.result.stderr)?,
-        })
+        for (path, target) in &self.links {
+            std::os::unix::fs::symlink(target, path)?;
+        }
+        let (stdout, stderr) = (self.expand(&self.result.stdout)?, self.expand(&self.result.stderr)?);
+        let tree = self.tree.map(|staged| (staged, self.unit.output_directory()));
+        Ok(Restored { files, tree, launcher: launcher::stage(self.unit), stdout, stderr })
     }
 }
 

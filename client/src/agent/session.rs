@@ -11,8 +11,8 @@ use tokio::sync::OwnedMutexGuard;
 
 use super::lookup::{self, Found, Tier};
 use super::publish::{self, Job};
-use super::{Agent, Counted, DRAIN_TIMEOUT, record};
-use crate::invocation::Refusal;
+use super::{Agent, Counted, DRAIN_TIMEOUT, launcher, record};
+use crate::invocation::{Invocation, Refusal};
 use crate::ipc::{self, Control, Finished, Request, Response, Run, UnitRequest};
 use crate::unit::Unit;
 
@@ -49,20 +49,23 @@ async fn serve_control(agent: &Arc<Agent>, connection: &mut Connection, control:
 
 async fn serve_unit(agent: &Arc<Agent>, connection: &mut Connection, request: UnitRequest) -> io::Result<()> {
     let active = Counted::new(&agent.active);
-    agent.statistics().units += 1;
+    let is_heard = request.is_heard;
     let primary = request.environment.iter().any(|pair| pair.name == b"CARGO_PRIMARY_PACKAGE");
     let words: Vec<Vec<u8>> = request.arguments.iter().map(|word| word.to_vec()).collect();
+    let mut launcher = None;
     match connection.while_working(decide(agent, request)).await? {
-        Decision::Restore(found) => {
-            if !restore(agent, connection, found).await? {
+        Decision::Restore(unit, found) => {
+            if !restore(agent, connection, &unit, found).await? {
                 run(connection, words, None, agent).await?;
             }
         }
         Decision::Compile(unit, gate) => {
             let arguments = unit.compiler_arguments(&words);
-            run(connection, arguments, Some((unit, gate)), agent).await?;
+            if run(connection, arguments, Some((Arc::clone(&unit), gate)), agent).await? {
+                launcher = launcher::stage(&unit).map(|staged| (unit, staged));
+            }
         }
-        Decision::Refuse => run(connection, words, None, agent).await?,
+        Decision::Refuse => drop(run(connection, words, None, agent).await?),
     }
     drop(active);
     // The last unit of a build is one of the packages the user asked for, and nothing runs beside it.
@@ -73,11 +76,18 @@ async fn serve_unit(agent: &Arc<Agent>, connection: &mut Connection, request: Un
             agent.notify(format!("gave up waiting for uploads after {} s", DRAIN_TIMEOUT.as_secs()));
         }
     }
-    connection.send(&Response::Done(agent.take_notices())).await
+    let placement = launcher.as_ref().and_then(|(unit, staged)| launcher::placement(unit, staged));
+    let notices = if is_heard { agent.take_notices() } else { Vec::new() };
+    connection.send(&Response::Done(notices, placement)).await?;
+    if launcher.is_some() {
+        // The wrapper moves the launcher, then ends; what it could not move is removed here.
+        connection.closed().await;
+    }
+    Ok(())
 }
 
 enum Decision {
-    Restore(Found),
+    Restore(Arc<Unit>, Found),
     Compile(Arc<Unit>, Option<OwnedMutexGuard<()>>),
     Refuse,
 }
@@ -92,30 +102,32 @@ async fn decide(agent: &Arc<Agent>, request: UnitRequest) -> Decision {
     let unit = match unit {
         Ok(unit) => Arc::new(unit),
         Err(refusal) => {
+            agent.statistics().units += 1;
             agent.statistics().refuse(&refusal.to_string(), &crate_name);
             return Decision::Refuse;
         }
     };
-    if unit.invocation.drops_incremental() {
+    agent.statistics_of(&unit).units += 1;
+    if unit.invocation().is_some_and(Invocation::drops_incremental) {
         agent.notify(INCREMENTAL_NOTICE.to_owned());
     }
     let gate = agent.gates.pass(&unit.action_key).await;
     match lookup::find(agent, &unit).await {
-        Some(found) => Decision::Restore(found),
+        Some(found) => Decision::Restore(unit, found),
         None => {
-            agent.statistics().misses += 1;
+            agent.statistics_of(&unit).misses += 1;
             Decision::Compile(unit, gate)
         }
     }
 }
 
 /// Has the wrapper rename what is staged; says whether it could.
-async fn restore(agent: &Agent, connection: &mut Connection, found: Found) -> io::Result<bool> {
+async fn restore(agent: &Agent, connection: &mut Connection, unit: &Unit, found: Found) -> io::Result<bool> {
     connection.send(&Response::Hit(found.restored.to_hit())).await?;
     let Request::Restored(renamed, latency_us) = connection.receive().await? else {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "unexpected message"));
     };
-    let mut statistics = agent.statistics();
+    let mut statistics = agent.statistics_of(unit);
     if !renamed {
         statistics.failed_restores += 1;
         return Ok(false);
@@ -131,48 +143,57 @@ async fn restore(agent: &Agent, connection: &mut Connection, found: Found) -> io
     Ok(true)
 }
 
-/// Has the wrapper run the compiler; starts storing the result where there is a unit to record.
+/// Has the wrapper run the command; starts storing the result where there is a unit to record. Says whether it
+/// succeeded.
 async fn run(
     connection: &mut Connection,
     arguments: Vec<Vec<u8>>,
     record: Option<(Arc<Unit>, Option<OwnedMutexGuard<()>>)>,
     agent: &Arc<Agent>,
-) -> io::Result<()> {
+) -> io::Result<bool> {
     let record = record.filter(|_| agent.stores());
-    let arguments = arguments.into_iter().map(Into::into).collect();
-    let places = record.as_ref().map(|(unit, _)| unit.places());
-    connection.send(&Response::Run(Run { arguments, record: places })).await?;
+    let message = Run {
+        arguments: arguments.into_iter().map(Into::into).collect(),
+        record: record.as_ref().map(|(unit, _)| unit.places()),
+    };
+    connection.send(&Response::Run(message)).await?;
     let Request::Finished(finished) = connection.receive().await? else {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "unexpected message"));
     };
-    if let Some((unit, gate)) = record.filter(|_| finished.succeeded) {
+    let succeeded = finished.succeeded;
+    if let Some((unit, gate)) = record.filter(|_| succeeded) {
         keep(agent, unit, gate, finished).await;
     }
-    Ok(())
+    Ok(succeeded)
 }
 
 async fn keep(agent: &Arc<Agent>, unit: Arc<Unit>, gate: Option<OwnedMutexGuard<()>>, finished: Finished) {
     if finished.needs_real_paths {
-        publish::count_not_stored(agent, "needs-real-paths");
+        publish::count_not_stored(agent, &unit, "needs-real-paths");
         return;
     }
     if finished.stdout.is_none() || finished.stderr.is_none() {
-        publish::count_not_stored(agent, "large-streams");
+        publish::count_not_stored(agent, &unit, "large-streams");
         return;
     }
     let opening = {
         let (unit, trace) = (Arc::clone(&unit), finished.trace.clone());
         tokio::task::spawn_blocking(move || record::open_outputs(&unit, trace.as_ref())).await
     };
-    agent.statistics().traced += u64::from(finished.trace.is_some());
+    agent.statistics_of(&unit).traced += u64::from(finished.trace.is_some());
     match opening {
         Ok(Ok(outputs)) => publish::start(agent, Job { unit, finished, outputs, gate }),
-        Ok(Err(reason)) => publish::count_not_stored(agent, &reason.to_string()),
-        Err(_) => publish::count_not_stored(agent, "internal"),
+        Ok(Err(reason)) => publish::count_not_stored(agent, &unit, &reason.to_string()),
+        Err(_) => publish::count_not_stored(agent, &unit, "internal"),
     }
 }
 
+/// What a unit is counted under: its crate, or the package of a build script.
 fn crate_name(request: &UnitRequest) -> String {
+    if request.is_script {
+        let package = request.environment.iter().find(|pair| pair.name == b"CARGO_PKG_NAME");
+        return package.map(|pair| String::from_utf8_lossy(&pair.value).into_owned()).unwrap_or_default();
+    }
     let mut words = request.arguments.iter().skip_while(|word| word.as_slice() != b"--crate-name");
     words.nth(1).map(|name| String::from_utf8_lossy(name).into_owned()).unwrap_or_default()
 }
@@ -184,6 +205,11 @@ struct Connection {
 impl Connection {
     async fn send<T: Encode<()>>(&mut self, message: &T) -> io::Result<()> {
         self.stream.write_all(&ipc::to_bytes(message)).await
+    }
+
+    /// Waits until the other side has ended.
+    async fn closed(&mut self) {
+        let _ = self.stream.read(&mut [0]).await;
     }
 
     async fn receive<T: for<'b> Decode<'b, ()>>(&mut self) -> io::Result<T> {

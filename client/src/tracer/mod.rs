@@ -38,6 +38,12 @@ pub(crate) struct Places {
     /// Where it searches by name: listing them is no input, what it opens is.
     #[n(1)]
     pub(crate) searched: Vec<ByteVec>,
+    /// Empty ones, which are its own with all that comes below them.
+    #[n(2)]
+    pub(crate) own: Vec<ByteVec>,
+    /// Tools' caches: what is read and written there is no business of anybody else's.
+    #[n(3)]
+    pub(crate) caches: Vec<ByteVec>,
 }
 
 /// What was seen at a path the first time it was looked at.
@@ -101,4 +107,7 @@ pub(crate) struct Trace {
     /// System calls that were stopped.
     #[n(3)]
     pub(crate) notifications: u64,
+    /// Whether a program looked at the CPU, or was told to compile for it.
+    #[n(4)]
+    pub(crate) looks_at_cpu: bool,
 }

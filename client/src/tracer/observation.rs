@@ -13,7 +13,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 
 use cachec_protocol::Digest;
+use minicbor::bytes::ByteVec;
 
+use crate::elf;
 use crate::inputs::is_absence;
 use crate::memo::Identity;
 
@@ -26,6 +28,9 @@ const SHARED_MEMORY: &str = "/dev/shm";
 
 /// A script's interpreter may be a script, and so on; the kernel follows four.
 const MAX_INTERPRETERS: usize = 4;
+
+/// The kernel follows as many on one path.
+const MAX_LINKS: usize = 40;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Found {
@@ -60,7 +65,13 @@ pub(super) struct Observation {
     /// Own files and directories that are there now.
     own: BTreeSet<PathBuf>,
     searched: Vec<PathBuf>,
+    /// See [`Places::caches`].
+    caches: Vec<PathBuf>,
     output_directory: PathBuf,
+    /// Whether the run has made a symbolic link: then its own paths may lead anywhere.
+    makes_links: bool,
+    /// Whether it looked at the CPU.
+    pub(super) looks_at_cpu: bool,
     resolved: HashMap<PathBuf, PathBuf>,
     obstacle: Option<&'static str>,
     pub(super) notifications: u64,
@@ -68,18 +79,20 @@ pub(super) struct Observation {
 
 impl Observation {
     pub(super) fn new(places: &Places) -> Self {
-        let path = |bytes: &[u8]| Path::new(OsStr::from_bytes(bytes)).components().collect();
-        Self {
-            // The kernel names an open directory without links on the way.
-            searched: places
-                .searched
-                .iter()
-                .map(|directory| path(directory))
-                .flat_map(|path: PathBuf| [fs::canonicalize(&path).unwrap_or_default(), path])
-                .collect(),
+        let path = |bytes: &[u8]| -> PathBuf { Path::new(OsStr::from_bytes(bytes)).components().collect() };
+        // The kernel names an open directory without links on the way.
+        let both = |directories: &[ByteVec]| -> Vec<PathBuf> {
+            let paths = directories.iter().map(|directory| path(directory));
+            paths.flat_map(|path| fs::canonicalize(&path).into_iter().chain([path])).collect()
+        };
+        let mut observation = Self {
+            searched: both(&places.searched),
+            caches: both(&places.caches),
             output_directory: path(&places.output_directory),
             ..Self::default()
-        }
+        };
+        both(&places.own).iter().for_each(|directory| observation.take(directory));
+        observation
     }
 
     /// Notes that the run cannot be stored; the first reason stays.
@@ -89,7 +102,9 @@ impl Observation {
 
     /// A call that opens a file, with `open`'s flags.
     pub(super) fn open(&mut self, path: &Path, flags: i32) {
-        let Some(path) = self.resolve(path) else { return };
+        self.looks_at_cpu |= path == Path::new("/proc/cpuinfo");
+        let may_follow = flags & libc::O_NOFOLLOW == 0;
+        let Some(path) = self.resolve(path, may_follow) else { return };
         let writes =
             flags & libc::O_ACCMODE != libc::O_RDONLY || flags & (libc::O_TRUNC | libc::O_CREAT) != 0;
         if flags & libc::O_TMPFILE == libc::O_TMPFILE {
@@ -97,9 +112,8 @@ impl Observation {
             return;
         }
         if !writes {
-            let follow = flags & libc::O_NOFOLLOW == 0;
             // With O_PATH nothing is read yet.
-            self.note(&path, follow, flags & libc::O_PATH == 0);
+            self.note(&path, may_follow, flags & libc::O_PATH == 0);
         } else if flags & libc::O_CREAT == 0 && fs::metadata(&path).is_err_and(|error| is_absence(&error)) {
             // The call fails.
             self.note(&path, true, false);
@@ -110,9 +124,15 @@ impl Observation {
         }
     }
 
+    /// A call that makes a symbolic link.
+    pub(super) fn make_link(&mut self, path: &Path) {
+        self.makes_links = true;
+        self.make(path);
+    }
+
     /// A call that makes a directory, a special file or another name.
     pub(super) fn make(&mut self, path: &Path) {
-        let Some(path) = self.resolve(path) else { return };
+        let Some(path) = self.resolve(path, false) else { return };
         // Where something is there already the call fails, and has only looked.
         match fs::symlink_metadata(&path) {
             Ok(_) => self.note(&path, false, false),
@@ -122,14 +142,23 @@ impl Observation {
 
     /// A call that asks what is at a path.
     pub(super) fn look(&mut self, path: &Path, follow: bool) {
-        if let Some(path) = self.resolve(path) {
+        if let Some(path) = self.resolve(path, follow) {
             self.note(&path, follow, false);
+        }
+    }
+
+    /// A call that asks for extended attributes: that there are none is all that can be followed.
+    pub(super) fn attributes(&mut self, path: &Path) {
+        let Some(path) = self.resolve(path, true) else { return };
+        self.note(&path, true, false);
+        if !self.is_own(&path) && has_user_attributes(&path) {
+            self.obstruct("extended-attributes");
         }
     }
 
     /// A call that asks for permissions.
     pub(super) fn access(&mut self, path: &Path, for_execution: bool) {
-        let Some(path) = self.resolve(path) else { return };
+        let Some(path) = self.resolve(path, true) else { return };
         self.note(&path, true, false);
         if for_execution {
             self.note_mode(&path);
@@ -140,7 +169,7 @@ impl Observation {
     pub(super) fn execute(&mut self, path: &Path) {
         let mut program = path.to_owned();
         for _ in 0..=MAX_INTERPRETERS {
-            let Some(resolved) = self.resolve(&program) else { return };
+            let Some(resolved) = self.resolve(&program, true) else { return };
             self.note(&resolved, true, true);
             self.note_mode(&resolved);
             match interpreter(&resolved) {
@@ -153,7 +182,7 @@ impl Observation {
 
     /// A call that lists a directory, named as the kernel knows it.
     pub(super) fn list(&mut self, directory: &Path) {
-        if is_kernels(directory) || self.is_own(directory) || self.listings.contains_key(directory) {
+        if self.is_ignored(directory) || self.is_own(directory) || self.listings.contains_key(directory) {
             return;
         }
         if self.searched.iter().any(|searched| searched == directory) {
@@ -167,7 +196,7 @@ impl Observation {
 
     /// A call that renames.
     pub(super) fn rename(&mut self, from: &Path, to: &Path) {
-        let (Some(from), Some(to)) = (self.resolve(from), self.resolve(to)) else { return };
+        let (Some(from), Some(to)) = (self.resolve(from, false), self.resolve(to, false)) else { return };
         if fs::symlink_metadata(&from).is_err() {
             return self.note(&from, false, false);
         }
@@ -185,7 +214,7 @@ impl Observation {
 
     /// A call that gives a file another name.
     pub(super) fn link(&mut self, from: &Path, to: &Path) {
-        let Some(from) = self.resolve(from) else { return };
+        let Some(from) = self.resolve(from, false) else { return };
         if !self.is_own(&from) {
             self.note(&from, false, true);
         }
@@ -194,7 +223,7 @@ impl Observation {
 
     /// A call that removes a name.
     pub(super) fn remove(&mut self, path: &Path) {
-        let Some(path) = self.resolve(path) else { return };
+        let Some(path) = self.resolve(path, false) else { return };
         if self.own.remove(&path) || self.is_own(&path) {
             return;
         }
@@ -211,8 +240,9 @@ impl Observation {
 
     /// A call that changes a file's content in place.
     pub(super) fn modify(&mut self, path: &Path) {
-        if let Some(path) = self.resolve(path)
+        if let Some(path) = self.resolve(path, true)
             && !self.is_own(&path)
+            && !self.is_ignored(&path)
         {
             self.obstruct("modifies-input");
         }
@@ -244,12 +274,18 @@ impl Observation {
         }
         let left = |path: &&PathBuf| fs::symlink_metadata(path).is_ok();
         let outputs = self.own.iter().filter(left).map(|path| bytes(path).into()).collect();
-        Trace { inputs, outputs, obstacle: obstacle.map(str::to_owned), notifications: self.notifications }
+        Trace {
+            inputs,
+            outputs,
+            obstacle: obstacle.map(str::to_owned),
+            notifications: self.notifications,
+            looks_at_cpu: self.looks_at_cpu,
+        }
     }
 
     /// Notes what is at a path, unless that is known, or the run's own.
     fn note(&mut self, path: &Path, follow: bool, read: bool) {
-        if is_kernels(path) || self.is_own(path) || (!follow && self.note_link(path)) {
+        if self.is_ignored(path) || self.is_own(path) || (!follow && self.note_link(path)) {
             return;
         }
         if let Some(entry) = self.entries.get_mut(path) {
@@ -296,7 +332,7 @@ impl Observation {
         let mut unknown: Vec<&Path> =
             path.ancestors().take_while(|ancestor| !self.plain.contains(*ancestor)).collect();
         while let Some(ancestor) = unknown.pop() {
-            if !is_kernels(ancestor) {
+            if !self.is_ignored(ancestor) {
                 self.note_link(ancestor);
             }
         }
@@ -304,7 +340,7 @@ impl Observation {
 
     /// Notes whether a file may be executed.
     fn note_mode(&mut self, path: &Path) {
-        if is_kernels(path) || self.is_own(path) || self.modes.contains_key(path) {
+        if self.is_ignored(path) || self.is_own(path) || self.modes.contains_key(path) {
             return;
         }
         if let Ok(metadata) = fs::metadata(path)
@@ -321,7 +357,7 @@ impl Observation {
     /// alone, and only where it has not read what was there.
     fn replace(&mut self, path: &Path) {
         if !self.is_own(path)
-            && !is_kernels(path)
+            && !self.is_ignored(path)
             && fs::symlink_metadata(path).is_ok_and(|now| !now.is_dir())
         {
             let was_read = self.entries.get(path).is_some_and(|entry| entry.read);
@@ -333,7 +369,7 @@ impl Observation {
     }
 
     fn modify_or_create(&mut self, path: &Path, flags: i32) {
-        if is_kernels(path) || self.is_own(path) {
+        if self.is_ignored(path) || self.is_own(path) {
             return;
         }
         match fs::metadata(path) {
@@ -347,7 +383,7 @@ impl Observation {
 
     /// Makes a path the run's own.
     fn take(&mut self, path: &Path) {
-        if is_kernels(path) {
+        if self.is_ignored(path) {
             return;
         }
         if let Some(parent) = path.parent().filter(|parent| fs::metadata(parent).is_err()) {
@@ -362,15 +398,46 @@ impl Observation {
             .own = true;
     }
 
+    /// Whether a path is the kernel's, or in a tool's cache.
+    fn is_ignored(&self, path: &Path) -> bool {
+        is_kernels(path) || self.caches.iter().any(|cache| path.starts_with(cache))
+    }
+
     /// Whether a path, or a directory above it, was made by the run.
     fn is_own(&self, path: &Path) -> bool {
         self.entries.get(path).is_some_and(|entry| entry.own)
             || path.ancestors().skip(1).any(|ancestor| self.own.contains(ancestor))
     }
 
-    /// An absolute path without `.`, `..` and double slashes; links on the way to it are noted. Where a
-    /// directory before a `..` is missing, that is what the call finds, and nothing is left to look at.
-    fn resolve(&mut self, path: &Path) -> Option<PathBuf> {
+    /// An absolute path without `.`, `..` and double slashes; links on the way to it are noted, and the run's own
+    /// links followed. Where a directory before a `..` is missing, that is what the call finds, and nothing is
+    /// left to look at.
+    fn resolve(&mut self, path: &Path, follow: bool) -> Option<PathBuf> {
+        let mut path = self.without_dots(path)?;
+        for _ in 0..MAX_LINKS {
+            match self.past_own_link(&path, follow) {
+                Some(next) => path = self.without_dots(&next)?,
+                None => return Some(path),
+            }
+        }
+        // The call fails.
+        None
+    }
+
+    /// Where a path leads on from the first of the run's own links on its way.
+    fn past_own_link(&self, path: &Path, follow: bool) -> Option<PathBuf> {
+        if !self.makes_links {
+            return None;
+        }
+        let is_link = |path: &&Path| {
+            self.is_own(path) && fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_symlink())
+        };
+        let link = path.ancestors().skip(usize::from(!follow)).filter(is_link).last()?;
+        let rest = path.strip_prefix(link).ok()?;
+        Some(link.parent()?.join(fs::read_link(link).ok()?).join(rest))
+    }
+
+    fn without_dots(&mut self, path: &Path) -> Option<PathBuf> {
         if leads_out_of_proc(path) {
             self.obstruct("process-link");
         }
@@ -413,6 +480,16 @@ fn is_kernels(path: &Path) -> bool {
     KERNEL_DIRECTORIES.iter().any(|directory| path.starts_with(directory)) && !path.starts_with(SHARED_MEMORY)
 }
 
+/// Whether a file has attributes that somebody gave it, besides those of access control.
+fn has_user_attributes(path: &Path) -> bool {
+    let mut names = vec![0; 64 << 10];
+    match rustix::fs::listxattr(path, &mut names) {
+        Ok(length) => names[..length].split(|byte| *byte == 0).any(|name| name.starts_with(b"user.")),
+        Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTSUP) => false,
+        Err(_) => true,
+    }
+}
+
 fn bytes(path: &Path) -> Vec<u8> {
     path.as_os_str().as_bytes().to_vec()
 }
@@ -441,26 +518,5 @@ fn interpreter(program: &Path) -> Option<PathBuf> {
         let word = line.split(|byte| matches!(byte, b' ' | b'\t')).next()?;
         return Some(PathBuf::from(OsStr::from_bytes(word)));
     }
-    elf_interpreter(&start).map(|path| PathBuf::from(OsString::from_vec(path)))
-}
-
-/// `PT_INTERP` of a 64-bit little-endian ELF file whose first page this is.
-fn elf_interpreter(start: &[u8]) -> Option<Vec<u8>> {
-    const PT_INTERP: u64 = 3;
-    let number = |at: usize, length: usize| -> Option<u64> {
-        let bytes = start.get(at..at.checked_add(length)?)?;
-        Some(bytes.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte)))
-    };
-    if !start.starts_with(b"\x7fELF\x02\x01") {
-        return None;
-    }
-    let table = usize::try_from(number(0x20, 8)?).ok()?;
-    let (entry_bytes, entries) =
-        (usize::try_from(number(0x36, 2)?).ok()?, usize::try_from(number(0x38, 2)?).ok()?);
-    let header = (0..entries)
-        .map(|index| table.saturating_add(index.saturating_mul(entry_bytes)))
-        .find(|header| number(*header, 4) == Some(PT_INTERP))?;
-    let offset = usize::try_from(number(header.checked_add(8)?, 8)?).ok()?;
-    let path = start.get(offset..)?.split(|byte| *byte == 0).next()?;
-    (!path.is_empty()).then(|| path.to_vec())
+    elf::interpreter(&start).map(|path| PathBuf::from(OsString::from_vec(path)))
 }

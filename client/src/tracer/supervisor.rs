@@ -22,6 +22,8 @@ use super::syscalls::{self, Name, Operation, lower_half};
 const LEFTOVER_PATIENCE: Duration = Duration::from_millis(100);
 const MAX_PATH_BYTES: usize = 4096;
 const PAGE_BYTES: u64 = 4096;
+/// Options come before thousands of file names.
+const MAX_ARGUMENTS: u64 = 4096;
 
 /// A tracer for one command.
 #[derive(Debug)]
@@ -203,11 +205,12 @@ impl Call {
                 with(name, &mut |path| observation.access(path, for_execution))
             }
             Operation::LookAtLink(name) => with(name, &mut |path| observation.look(path, false)),
-            Operation::Execute(name) => {
+            Operation::Execute(name, arguments) => {
                 match self.path(name)? {
                     Some(path) => observation.execute(&path),
                     None => observation.obstruct("unnamed-program"),
                 }
+                observation.looks_at_cpu |= self.compiles_for_this_cpu(self.arguments[arguments])?;
                 Ok(())
             }
             Operation::Rename(from, to) => with(from, &mut |from| {
@@ -217,6 +220,8 @@ impl Call {
                 self.path(to).iter().flatten().for_each(|to| observation.link(from, to));
             }),
             Operation::Make(name) => with(name, &mut |path| observation.make(path)),
+            Operation::MakeLink(name) => with(name, &mut |path| observation.make_link(path)),
+            Operation::Attributes(name) => with(name, &mut |path| observation.attributes(path)),
             Operation::Remove(name) => with(name, &mut |path| observation.remove(path)),
             Operation::Modify(name) => with(name, &mut |path| observation.modify(path)),
             Operation::List => {
@@ -252,6 +257,24 @@ impl Call {
             observation.open(&path, lower_half(field(0)).cast_signed());
         }
         Ok(())
+    }
+
+    /// Whether one of a program's arguments is `-march=native` or the like.
+    fn compiles_for_this_cpu(&self, arguments: u64) -> io::Result<bool> {
+        for index in 0..MAX_ARGUMENTS {
+            let mut pointer = [0; 8];
+            let at = arguments.wrapping_add(index * 8);
+            if filter::read_memory(self.task, at, &mut pointer)? < pointer.len() || pointer == [0; 8] {
+                return Ok(false);
+            }
+            let mut start = [0; 32];
+            let count = filter::read_memory(self.task, u64::from_ne_bytes(pointer), &mut start)?;
+            let end = memchr::memchr(0, &start[..count]).unwrap_or(count);
+            if start[..end].ends_with(b"=native") {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// An argument that the kernel takes as an `int`.

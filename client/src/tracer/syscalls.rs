@@ -26,14 +26,18 @@ pub(super) enum Operation {
     Access(Name, usize),
     /// Asks what is there, or what a link says, without following it.
     LookAtLink(Name),
-    /// Starts a program.
-    Execute(Name),
+    /// Starts a program; the position of its arguments.
+    Execute(Name, usize),
     /// Renames the first to the second.
     Rename(Name, Name),
     /// Makes the second another name of the first.
     Link(Name, Name),
     /// Makes a directory or a special file.
     Make(Name),
+    /// Makes a symbolic link.
+    MakeLink(Name),
+    /// Asks for extended attributes.
+    Attributes(Name),
     /// Removes a name.
     Remove(Name),
     /// Changes a file in place.
@@ -61,11 +65,11 @@ const COMMON: &[(c_long, Operation)] = &[
     (libc::SYS_faccessat, Operation::Access(at(0, 1), 2)),
     (libc::SYS_faccessat2, Operation::Access(at(0, 1), 2)),
     (libc::SYS_readlinkat, Operation::LookAtLink(at(0, 1))),
-    (libc::SYS_execve, Operation::Execute(Name { directory: None, path: 0 })),
-    (libc::SYS_execveat, Operation::Execute(at(0, 1))),
+    (libc::SYS_execve, Operation::Execute(Name { directory: None, path: 0 }, 1)),
+    (libc::SYS_execveat, Operation::Execute(at(0, 1), 2)),
     (libc::SYS_renameat2, Operation::Rename(at(0, 1), at(2, 3))),
     (libc::SYS_linkat, Operation::Link(at(0, 1), at(2, 3))),
-    (libc::SYS_symlinkat, Operation::Escape("makes-link")),
+    (libc::SYS_symlinkat, Operation::MakeLink(at(1, 2))),
     (libc::SYS_mkdirat, Operation::Make(at(0, 1))),
     (libc::SYS_mknodat, Operation::Make(at(0, 1))),
     (libc::SYS_unlinkat, Operation::Remove(at(0, 1))),
@@ -75,10 +79,10 @@ const COMMON: &[(c_long, Operation)] = &[
     (libc::SYS_utimensat, Operation::Modify(at(0, 1))),
     (libc::SYS_setxattr, Operation::Escape("extended-attributes")),
     (libc::SYS_lsetxattr, Operation::Escape("extended-attributes")),
-    (libc::SYS_getxattr, Operation::Escape("extended-attributes")),
-    (libc::SYS_lgetxattr, Operation::Escape("extended-attributes")),
-    (libc::SYS_listxattr, Operation::Escape("extended-attributes")),
-    (libc::SYS_llistxattr, Operation::Escape("extended-attributes")),
+    (libc::SYS_getxattr, Operation::Attributes(Name { directory: None, path: 0 })),
+    (libc::SYS_lgetxattr, Operation::Attributes(Name { directory: None, path: 0 })),
+    (libc::SYS_listxattr, Operation::Attributes(Name { directory: None, path: 0 })),
+    (libc::SYS_llistxattr, Operation::Attributes(Name { directory: None, path: 0 })),
     (libc::SYS_bind, Operation::Escape("local-socket")),
     (libc::SYS_move_mount, Operation::Escape("mount")),
     (libc::SYS_name_to_handle_at, Operation::Escape("file-handle")),
@@ -112,7 +116,7 @@ const OLDER: &[(c_long, Operation)] = {
         (libc::SYS_rename, Operation::Rename(name(0), name(1))),
         (libc::SYS_renameat, Operation::Rename(at(0, 1), at(2, 3))),
         (libc::SYS_link, Operation::Link(name(0), name(1))),
-        (libc::SYS_symlink, Operation::Escape("makes-link")),
+        (libc::SYS_symlink, Operation::MakeLink(name(1))),
         (libc::SYS_chmod, Operation::Modify(name(0))),
         (libc::SYS_chown, Operation::Modify(name(0))),
         (libc::SYS_lchown, Operation::Modify(name(0))),

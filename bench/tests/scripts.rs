@@ -1,0 +1,448 @@
+//! Runs of build scripts: restored where what they read is the same, and as without cachec otherwise.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use cachec_bench::{Build, Machine, Project};
+use serde_json::Value;
+
+/// A program `app` with a build script; the script notes each of its starts.
+struct Case {
+    machine: Machine,
+    project: Project,
+    directory: tempfile::TempDir,
+}
+
+/// Prints what the script has left.
+const PRINT_TEXT: &str =
+    "fn main() { println!(\"{}\", include_str!(concat!(env!(\"OUT_DIR\"), \"/text.txt\"))); }\n";
+
+impl Case {
+    /// `script` is the body of the script's `main`; `out` is the path of `OUT_DIR` in it.
+    fn new(app: &str, script: &str) -> Result<Self> {
+        let directory = tempfile::tempdir()?;
+        let project = Project { root: directory.path().join("checkout") };
+        project.write("Cargo.toml", "[workspace]\nmembers = [\"app\"]\nresolver = \"3\"\n")?;
+        project.package("app", &[])?;
+        project.write("app/src/main.rs", app)?;
+        let case = Self { machine: Machine::new()?, project, directory };
+        case.write_script(script)?;
+        Ok(case)
+    }
+
+    fn write_script(&self, body: &str) -> Result<()> {
+        // A pipe, which the tracer knows to be no file, held open by the machine.
+        let text = format!(
+            "use std::{{env, fs, path::PathBuf, process::Command}};\n#[allow(unused)]\nfn main() {{\n    \
+             let out = PathBuf::from(env::var(\"OUT_DIR\").unwrap());\n    \
+             let _ = Command::new(\"sh\").args([\"-c\", \"echo script >> $COMPILED\"]).status();\n    {body}\n}}\n"
+        );
+        self.project.write("app/build.rs", &text)
+    }
+
+    fn build_with(&self, arguments: &[&str]) -> Result<Build> {
+        self.project.wipe()?;
+        let build = self.machine.cargo(&self.project.root, arguments)?;
+        assert!(build.success, "{}", build.stderr);
+        self.machine.cachec(&self.project.root, &["flush"])?;
+        Ok(build)
+    }
+
+    fn build(&self) -> Result<Build> {
+        self.build_with(&["build"])
+    }
+
+    /// Builds from nothing; says whether the script was started.
+    fn runs(&self) -> Result<bool> {
+        Ok(was_run(&self.build()?))
+    }
+
+    fn statistics(&self) -> Result<Value> {
+        self.machine.statistics(&self.project.root)
+    }
+
+    fn not_stored(&self, reason: &str) -> Result<()> {
+        assert!(self.runs()?);
+        assert!(self.runs()?, "a run was restored that must not be stored ({reason})");
+        let counts = self.statistics()?["not_stored"].clone();
+        assert!(counts[reason].as_u64() > Some(0), "{counts}");
+        Ok(())
+    }
+
+    fn out_directory(&self) -> Result<PathBuf> {
+        let entries = fs::read_dir(self.project.root.join("target/debug/build"))?;
+        let outs = entries.map(|entry| Ok(entry?.path().join("out"))).collect::<Result<Vec<_>>>()?;
+        outs.into_iter().find(|out| out.is_dir()).context("an output directory")
+    }
+}
+
+fn was_run(build: &Build) -> bool {
+    build.compiled.iter().any(|noted| noted == "script")
+}
+
+const WRITE_TEXT: &str =
+    "fs::write(out.join(\"text.txt\"), fs::read_to_string(\"data.txt\").unwrap()).unwrap();";
+
+#[test]
+fn a_run_is_restored_and_a_changed_input_runs_it_again() -> Result<()> {
+    let case = Case::new(PRINT_TEXT, WRITE_TEXT)?;
+    case.project.write("app/data.txt", "one")?;
+    let cold = case.build()?;
+    assert!(was_run(&cold) && cold.probes > 0);
+    let warm = case.build()?;
+    assert_eq!(
+        (warm.compiled.len(), warm.probes),
+        (0, 0),
+        "a warm build starts something: {:?}",
+        warm.compiled
+    );
+    assert_eq!(case.project.run_app()?, "one");
+    let again = case.machine.cargo(&case.project.root, &["build", "-v"])?;
+    assert!(again.compiled.is_empty() && !again.stderr.contains("Dirty"), "{}", again.stderr);
+    case.project.write("app/data.txt", "two")?;
+    assert!(case.runs()?, "the change was not noticed");
+    assert_eq!(case.project.run_app()?, "two");
+    case.project.write("app/data.txt", "one")?;
+    assert!(!case.runs()?);
+    assert_eq!(case.project.run_app()?, "one");
+    Ok(())
+}
+
+#[test]
+fn a_moved_checkout_is_restored_with_its_own_paths() -> Result<()> {
+    let script = "let root = env::var(\"CARGO_MANIFEST_DIR\").unwrap();\n\
+        fs::write(out.join(\"text.txt\"), format!(\"{root}/data {}\", out.display())).unwrap();\n\
+        println!(\"cargo:rustc-env=PLACE={}\", out.display());";
+    let app = "fn main() { println!(\"{} {}\", include_str!(concat!(env!(\"OUT_DIR\"), \"/text.txt\")), env!(\"PLACE\")); }";
+    let case = Case::new(app, script)?;
+    case.build()?;
+    let moved = case.project.copy_to(&case.directory.path().join("elsewhere/moved"))?;
+    let build = case.machine.cargo(&moved.root, &["build"])?;
+    assert!(build.success && !was_run(&build), "{}", build.stderr);
+    let printed = moved.run_app()?;
+    assert!(printed.starts_with(&format!("{}/app/data", moved.root.display())), "{printed}");
+    assert_eq!(printed.matches("elsewhere/moved").count(), 3, "{printed}");
+    Ok(())
+}
+
+#[test]
+fn c_code_is_compiled_once() -> Result<()> {
+    let script = "let run = |program: &str, words: &[&str]| assert!(Command::new(program).args(words).status().unwrap().success());\n\
+        let object = out.join(\"answer.o\");\n\
+        run(\"cc\", &[\"-c\", \"answer.c\", \"-Iinclude\", \"-o\", object.to_str().unwrap()]);\n\
+        run(\"ar\", &[\"crs\", out.join(\"libanswer.a\").to_str().unwrap(), object.to_str().unwrap()]);\n\
+        println!(\"cargo:rustc-link-search=native={}\\ncargo:rustc-link-lib=static=answer\", out.display());";
+    let app = "unsafe extern \"C\" { safe fn answer() -> i32; }\nfn main() { println!(\"{}\", answer()); }";
+    let case = Case::new(app, script)?;
+    case.project.write("app/answer.c", "#include <answer.h>\nint answer(void) { return ANSWER; }\n")?;
+    case.project.write("app/include/answer.h", "#define ANSWER 1\n")?;
+    assert!(case.runs()?);
+    assert!(!case.runs()?);
+    assert_eq!(case.project.run_app()?, "1");
+    case.project.write("app/include/answer.h", "#define ANSWER 2\n")?;
+    assert!(case.runs()?, "a changed header was not noticed");
+    assert_eq!(case.project.run_app()?, "2");
+    // A header that comes first in the search.
+    case.project.write("app/include/answer.h", "#define ANSWER 1\n")?;
+    assert!(!case.runs()?);
+    let mut case = case;
+    let shadow = case.directory.path().join("shadow");
+    fs::create_dir(&shadow)?;
+    case.machine.set("CPATH", shadow.to_string_lossy());
+    case.runs()?;
+    case.project.write(
+        "app/answer.c",
+        "#include <stdlib.h>\n#include <answer.h>\nint answer(void) { return ANSWER; }\n",
+    )?;
+    assert!(case.runs()?);
+    assert!(!case.runs()?);
+    fs::write(shadow.join("stdlib.h"), "")?;
+    assert!(case.runs()?, "a header that shadows another was not noticed");
+    Ok(())
+}
+
+#[test]
+fn a_script_that_asks_git_runs_again_after_a_commit() -> Result<()> {
+    let script = "let output = Command::new(\"git\").args([\"describe\", \"--always\"]).output().unwrap();\n\
+        fs::write(out.join(\"text.txt\"), output.stdout).unwrap();";
+    let case = Case::new(PRINT_TEXT, script)?;
+    let git = |arguments: &[&str]| -> Result<String> {
+        let fixed = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"];
+        let output =
+            Command::new("git").args(fixed).args(arguments).current_dir(&case.project.root).output()?;
+        anyhow::ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        Ok(String::from_utf8(output.stdout)?.trim().to_owned())
+    };
+    git(&["init", "-q"])?;
+    git(&["add", "app"])?;
+    git(&["commit", "-qm", "one"])?;
+    assert!(case.runs()?);
+    assert!(!case.runs()?, "{}", case.statistics()?);
+    assert_eq!(case.project.run_app()?, git(&["describe", "--always"])?);
+    git(&["commit", "-qm", "two", "--allow-empty"])?;
+    assert!(case.runs()?, "the commit was not noticed");
+    assert_eq!(case.project.run_app()?, git(&["describe", "--always"])?);
+    Ok(())
+}
+
+#[test]
+fn a_library_that_is_installed_or_removed_is_noticed() -> Result<()> {
+    // What pkg-config does: the first `NAME.pc` in a list of directories.
+    let script = "let found = env::split_paths(&env::var_os(\"PKG_CONFIG_PATH\").unwrap())\n\
+        .map(|directory| directory.join(\"demo.pc\")).find(|path| path.exists());\n\
+        fs::write(out.join(\"text.txt\"), found.map_or(\"none\".into(), |path| fs::read_to_string(path).unwrap())).unwrap();";
+    let mut case = Case::new(PRINT_TEXT, script)?;
+    let (first, second) = (case.directory.path().join("first"), case.directory.path().join("second"));
+    fs::create_dir(&first)?;
+    fs::create_dir(&second)?;
+    case.machine.set("PKG_CONFIG_PATH", format!("{}:{}", first.display(), second.display()));
+    let expect = |runs: bool, printed: &str| -> Result<()> {
+        assert_eq!((case.runs()?, case.project.run_app()?.as_str()), (runs, printed));
+        Ok(())
+    };
+    expect(true, "none")?;
+    expect(false, "none")?;
+    fs::write(second.join("demo.pc"), "one")?;
+    expect(true, "one")?;
+    fs::write(first.join("demo.pc"), "two")?;
+    expect(true, "two")?;
+    fs::remove_file(first.join("demo.pc"))?;
+    expect(false, "one")?;
+    fs::remove_file(second.join("demo.pc"))?;
+    expect(false, "none")
+}
+
+#[test]
+fn a_script_that_lists_a_directory_runs_again_when_it_grows() -> Result<()> {
+    let script = "let mut names: Vec<_> = fs::read_dir(\"parts\").unwrap().map(|part| part.unwrap().file_name().into_string().unwrap()).collect();\n\
+        names.sort();\nfs::write(out.join(\"text.txt\"), names.join(\" \")).unwrap();";
+    let case = Case::new(PRINT_TEXT, script)?;
+    case.project.write("app/parts/a", "")?;
+    assert!(case.runs()? && !case.runs()?);
+    case.project.write("app/parts/b", "")?;
+    assert!(case.runs()?);
+    assert_eq!(case.project.run_app()?, "a b");
+    Ok(())
+}
+
+#[test]
+fn variables_count_where_a_script_can_know_of_them() -> Result<()> {
+    // Named in the program itself; put together in it, but told to cargo; put together, and listed by the user.
+    let script = "println!(\"cargo:rerun-if-env-changed=TOLD_SETTING\");\n\
+        let read = |name: String| env::var(name).unwrap_or_default();\n\
+        let text = [env::var(\"NAMED_SETTING\").unwrap_or_default(), read([\"TOLD\", \"SETTING\"].join(\"_\")), read([\"LISTED\", \"SETTING\"].join(\"_\")), read([\"HIDDEN\", \"SETTING\"].join(\"_\"))];\n\
+        fs::write(out.join(\"text.txt\"), text.join(\",\")).unwrap();";
+    let mut case = Case::new(PRINT_TEXT, script)?;
+    case.machine.set("CACHEC_ENV", "LISTED_SETTING");
+    assert!(case.runs()? && !case.runs()?);
+    for (name, printed) in
+        [("NAMED_SETTING", "1,,,"), ("TOLD_SETTING", "1,1,,"), ("LISTED_SETTING", "1,1,1,")]
+    {
+        case.machine.set(name, "1");
+        assert!(case.runs()?, "{name} was not noticed");
+        assert_eq!(case.project.run_app()?, printed);
+        assert!(!case.runs()?);
+    }
+    // The documented limit: nobody can know of this one.
+    case.machine.set("HIDDEN_SETTING", "1");
+    assert!(!case.runs()?);
+    case.machine.set("CACHEC_ENV", "LISTED_SETTING,HIDDEN_SETTING");
+    assert!(case.runs()?);
+    assert_eq!(case.project.run_app()?, "1,1,1,1");
+    Ok(())
+}
+
+#[test]
+fn what_depends_on_more_than_files_is_not_stored() -> Result<()> {
+    let text = "fs::write(out.join(\"text.txt\"), \"text\").unwrap();";
+    for (reason, body) in [
+        ("network", "let _ = std::net::TcpStream::connect(\"127.0.0.1:9\");"),
+        (
+            "clock",
+            "println!(\"cargo:rustc-env=BUILT={}\", std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs());",
+        ),
+        ("always-runs", "println!(\"cargo:rerun-if-changed=not-there\");"),
+        (
+            "writes-elsewhere",
+            "fs::write(\"generated.rs\", \"\").unwrap(); fs::write(\"generated.rs\", \"\").unwrap();",
+        ),
+        ("link-leads-out", "std::os::unix::fs::symlink(\"/etc/hostname\", out.join(\"link\")).unwrap();"),
+        (
+            "leaves-processes",
+            "Command::new(\"sh\").args([\"-c\", \"exec >/dev/null 2>&1; sleep 3 &\"]).status().unwrap();",
+        ),
+    ] {
+        let case = Case::new(PRINT_TEXT, &format!("{body}\n{text}"))?;
+        if reason == "writes-elsewhere" {
+            // What is there the second time is replaced, which is another reason.
+            assert!(case.runs()?);
+            assert!(case.statistics()?["not_stored"][reason].as_u64() > Some(0), "{}", case.statistics()?);
+            continue;
+        }
+        case.not_stored(reason).with_context(|| reason.to_owned())?;
+    }
+    Ok(())
+}
+
+#[test]
+fn directories_links_and_modes_are_restored() -> Result<()> {
+    let script = "fs::create_dir_all(out.join(\"a/empty\")).unwrap();\n\
+        fs::write(out.join(\"a/tool\"), \"#!/bin/sh\\necho tool\\n\").unwrap();\n\
+        use std::os::unix::fs::PermissionsExt;\n\
+        fs::set_permissions(out.join(\"a/tool\"), fs::Permissions::from_mode(0o755)).unwrap();\n\
+        fs::write(out.join(\"a/-dash\"), [0, 159, 146, 150]).unwrap();\n\
+        std::os::unix::fs::symlink(\"a/tool\", out.join(\"link\")).unwrap();\n\
+        fs::write(out.join(\"text.txt\"), fs::read_to_string(out.join(\"link\")).unwrap()).unwrap();";
+    let case = Case::new(PRINT_TEXT, script)?;
+    let picture = || -> Result<String> {
+        let out = case.out_directory()?;
+        let list =
+            Command::new("find").arg(".").args(["-printf", "%p %y %m %l\\n"]).current_dir(&out).output()?;
+        let sums = Command::new("sh")
+            .args(["-c", "find . -type f | sort | xargs cksum"])
+            .current_dir(&out)
+            .output()?;
+        let mut lines: Vec<String> = String::from_utf8(list.stdout)?.lines().map(str::to_owned).collect();
+        lines.sort();
+        Ok(lines.join("\n") + &String::from_utf8(sums.stdout)?)
+    };
+    assert!(case.runs()?);
+    let made = picture()?;
+    assert!(made.contains("a/empty d") && made.contains("link l 777 a/tool"), "{made}");
+    assert!(!case.runs()?, "{}", case.statistics()?);
+    assert_eq!(picture()?, made);
+    let names = fs::read_dir(case.out_directory()?.parent().context("a parent")?)?;
+    let left: Vec<String> = names
+        .map(|name| name.map(|name| name.file_name().to_string_lossy().into_owned()))
+        .collect::<Result<_, _>>()?;
+    assert!(!left.iter().any(|name| name.starts_with(".cachec-")), "{left:?}");
+    Ok(())
+}
+
+#[test]
+fn what_scripts_say_reaches_cargo_as_without_cachec() -> Result<()> {
+    let script = "println!(\"cargo:warning=from the script\\ncargo:rustc-env=TOLD=value\\ncargo:rustc-cfg=told\\ncargo:rustc-check-cfg=cfg(told)\\ncargo:key=meta\");\n\
+        eprintln!(\"said\");\nfs::write(out.join(\"text.txt\"), \"x\").unwrap();";
+    let app = "#[cfg(told)]\nfn main() { println!(\"{} {}\", env!(\"TOLD\"), env!(\"META\")); }";
+    let case = Case::new(
+        app,
+        "println!(\"cargo:rustc-env=META={}\", env::var(\"DEP_NATIVE_KEY\").unwrap()); println!(\"cargo:rustc-cfg=told\"); println!(\"cargo:rustc-check-cfg=cfg(told)\"); println!(\"cargo:rustc-env=TOLD=value\");",
+    )?;
+    case.project.write("Cargo.toml", "[workspace]\nmembers = [\"app\", \"native\"]\nresolver = \"3\"\n")?;
+    case.project.package("app", &["native"])?;
+    case.project.write(
+        "native/Cargo.toml",
+        "[package]\nname = \"native\"\nversion = \"0.1.0\"\nedition = \"2024\"\nlinks = \"native\"\n",
+    )?;
+    case.project.write("native/src/lib.rs", "")?;
+    let own = fs::read_to_string(case.project.root.join("app/build.rs"))?;
+    let head = own.split("println!").next().context("a head")?;
+    case.project.write("native/build.rs", &format!("{head}{script}\n}}\n"))?;
+    let cold = case.build()?;
+    let warm = case.build()?;
+    assert!(was_run(&cold) && !was_run(&warm), "{:?}", warm.compiled);
+    // Scripts and compiles of different packages end in any order.
+    let sorted = |build: &Build| -> Vec<String> {
+        let mut lines: Vec<String> = build.diagnostics().lines().map(str::to_owned).collect();
+        lines.sort();
+        lines
+    };
+    assert_eq!(sorted(&warm), sorted(&cold));
+    assert!(warm.stderr.contains("from the script"), "{}", warm.stderr);
+    assert_eq!(case.project.run_app()?, "value meta");
+    Ok(())
+}
+
+#[test]
+fn a_failed_run_is_as_without_cachec() -> Result<()> {
+    let case = Case::new(
+        PRINT_TEXT,
+        "println!(\"cargo:warning=before\"); eprintln!(\"why\"); std::process::exit(7);",
+    )?;
+    let build = |machine: &Machine| machine.cargo(&case.project.root, &["build"]);
+    let with = build(&case.machine)?;
+    case.project.wipe()?;
+    let plain = Machine::new()?.without("CACHEC_DIR").with("CACHEC_MODE", "off");
+    let without = build(&plain)?;
+    assert!(!with.success && !without.success);
+    assert!(with.stderr.contains("exit status: 7") && with.stderr.contains("why"), "{}", with.stderr);
+    let again = build(&case.machine)?;
+    assert!(was_run(&again));
+    Ok(())
+}
+
+#[test]
+fn a_script_killed_by_a_signal_is_as_without_cachec() -> Result<()> {
+    let case =
+        Case::new(PRINT_TEXT, "Command::new(\"sh\").args([\"-c\", \"kill -9 $PPID\"]).status().unwrap();")?;
+    let build = case.machine.cargo(&case.project.root, &["build"])?;
+    assert!(!build.success && build.stderr.contains("signal: 9"), "{}", build.stderr);
+    Ok(())
+}
+
+#[test]
+fn a_target_directory_works_without_cachec_afterwards() -> Result<()> {
+    let case = Case::new(PRINT_TEXT, &format!("println!(\"cargo:rerun-if-changed=data.txt\");{WRITE_TEXT}"))?;
+    case.project.write("app/data.txt", "one")?;
+    case.build()?;
+    // Neither the wrapper nor an agent: cargo starts the launcher, which runs the program.
+    case.machine.signal_agents("KILL");
+    case.project.write("app/data.txt", "two")?;
+    let mut command = case.machine.command(Path::new("cargo"));
+    let output = command.arg("build").env_remove("RUSTC_WRAPPER").current_dir(&case.project.root).output()?;
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(case.machine.agents().is_empty());
+    assert_eq!(case.project.run_app()?, "two");
+    // The wrapper again, with a dead agent: a script whose output directory is not empty is run and not stored.
+    case.project.write("app/data.txt", "three")?;
+    let build = case.machine.cargo(&case.project.root, &["build"])?;
+    assert!(build.success && was_run(&build), "{}", build.stderr);
+    assert_eq!(case.project.run_app()?, "three");
+    // But a stored run replaces what is there.
+    case.project.write("app/data.txt", "one")?;
+    let build = case.machine.cargo(&case.project.root, &["build"])?;
+    assert!(build.success && !was_run(&build), "{}", build.stderr);
+    assert_eq!(case.project.run_app()?, "one");
+    Ok(())
+}
+
+#[test]
+fn a_script_that_builds_with_cargo_is_stored_as_a_whole() -> Result<()> {
+    let script = "let manifest = out.join(\"inner/Cargo.toml\");\n\
+        fs::create_dir_all(out.join(\"inner/src\")).unwrap();\n\
+        fs::write(&manifest, \"[package]\\nname = \\\"inner\\\"\\nversion = \\\"0.1.0\\\"\\nedition = \\\"2021\\\"\\n[workspace]\\n\").unwrap();\n\
+        fs::write(out.join(\"inner/src/main.rs\"), \"fn main() { print!(\\\"inner\\\"); }\").unwrap();\n\
+        let rustc = env::var(\"RUSTC_WRAPPER\").unwrap();\n\
+        let built = Command::new(rustc).arg(env::var(\"RUSTC\").unwrap()).arg(\"-o\").arg(out.join(\"tool\")).arg(out.join(\"inner/src/main.rs\")).args([\"--crate-name\", \"inner\"]).status().unwrap();\n\
+        assert!(built.success());\n\
+        fs::write(out.join(\"text.txt\"), Command::new(out.join(\"tool\")).output().unwrap().stdout).unwrap();";
+    let case = Case::new(PRINT_TEXT, script)?;
+    assert!(case.runs()?);
+    let warm = case.build()?;
+    assert!(warm.compiled.is_empty(), "{:?} {}", warm.compiled, case.statistics()?);
+    assert_eq!(case.project.run_app()?, "inner");
+    Ok(())
+}
+
+#[test]
+fn without_a_tracer_scripts_are_simply_run() -> Result<()> {
+    let case = Case::new(PRINT_TEXT, WRITE_TEXT)?;
+    case.project.write("app/data.txt", "one")?;
+    let build = || -> Result<Build> {
+        case.project.wipe()?;
+        let mut command = case.machine.command(Path::new("cargo"));
+        command.arg("build").current_dir(&case.project.root);
+        cachec_bench::sandbox::forbid_seccomp(&mut command);
+        let output = command.output()?;
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        case.machine.cachec(&case.project.root, &["flush"])?;
+        case.machine.cargo(&case.project.root, &["build"])
+    };
+    build()?;
+    build()?;
+    assert_eq!(case.project.run_app()?, "one");
+    assert!(case.statistics()?["not_stored"]["untraced"].as_u64() > Some(0), "{}", case.statistics()?);
+    Ok(())
+}
