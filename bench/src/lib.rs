@@ -1,9 +1,11 @@
 //! Running cachec as its users do, and looking at it from outside: real cargo, real rustc, real processes.
 //!
 //! [`programs`] builds and names the two programs, [`server`] runs a server, [`machine`] is a build machine
-//! with its own home, caches and agent, [`tier`] forges its local tier, [`project`] writes small workspaces, [`line`] stands between
-//! client and server and misbehaves.
+//! with its own home, caches and agent, [`tier`] forges its local tier, [`project`] writes small workspaces,
+//! [`case`] proves that one of them is never restored wrongly, [`line`] stands between client and server and
+//! misbehaves.
 
+pub mod case;
 pub mod crates;
 pub mod demo;
 pub mod differential;

@@ -6,91 +6,8 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result};
-use cachec_bench::tier::forget_inputs;
-use cachec_bench::{Build, Machine, Project};
-
-struct Case {
-    machine: Machine,
-    project: Project,
-    directory: tempfile::TempDir,
-}
-
-impl Case {
-    /// A workspace with a program `app` whose source this is, depending on the packages named.
-    fn new(app: &str, dependencies: &[&str]) -> Result<Self> {
-        let directory = tempfile::tempdir()?;
-        let project = Project { root: directory.path().join("checkout") };
-        project.write(
-            "Cargo.toml",
-            "[workspace]\nmembers = [\"*\"]\nexclude = [\"target\"]\nresolver = \"3\"\n",
-        )?;
-        project.package("app", dependencies)?;
-        project.write("app/src/main.rs", app)?;
-        Ok(Self { machine: Machine::new()?, project, directory })
-    }
-
-    /// Adds a proc macro `made` in a package `maker`, whose body yields the text of a string literal.
-    fn with_macro(self, body: &str) -> Result<Self> {
-        self.project.write(
-            "maker/Cargo.toml",
-            "[package]\nname = \"maker\"\nversion = \"0.1.0\"\nedition = \"2024\"\n[lib]\nproc-macro = true\n",
-        )?;
-        let source = format!(
-            "use proc_macro::TokenStream;\n#[proc_macro]\npub fn made(_: TokenStream) -> TokenStream {{\n    \
-             let text: String = {{ {body} }};\n    format!(\"{{text:?}}\").parse().unwrap()\n}}\n"
-        );
-        self.project.write("maker/src/lib.rs", &source)?;
-        Ok(self)
-    }
-
-    fn outside(&self, name: &str) -> std::path::PathBuf {
-        self.directory.path().join(name)
-    }
-
-    fn build(&self) -> Result<Build> {
-        self.project.wipe()?;
-        let build = self.machine.cargo(&self.project.root, &["build"])?;
-        assert!(build.success, "{}", build.stderr);
-        self.machine.cachec(&self.project.root, &["flush"])?;
-        Ok(build)
-    }
-
-    /// The whole proof; `forgotten` is a part of the name of the input that changes.
-    fn prove(
-        mut self,
-        before: &str,
-        change: impl FnOnce(&Self) -> Result<()>,
-        after: &str,
-        forgotten: &str,
-    ) -> Result<()> {
-        self.build()?;
-        assert_eq!(self.project.run_app()?, before);
-        let same = self.build()?;
-        assert!(same.compiled.is_empty(), "the same inputs are compiled again: {:?}", same.compiled);
-        assert_eq!(self.project.run_app()?, before);
-
-        let (tier, forged) = (self.machine.path("tier"), self.machine.path("forged"));
-        assert!(Command::new("cp").arg("-r").args([&tier, &forged]).status()?.success());
-        let named = |input: &cachec_protocol::Input| String::from_utf8_lossy(&input.name).contains(forgotten);
-        assert!(forget_inputs(&forged, named)? > 0, "no stored result knows {forgotten}");
-
-        change(&self)?;
-        let changed = self.build()?;
-        assert!(!changed.compiled.is_empty(), "the change was not noticed");
-        assert_eq!(self.project.run_app()?, after);
-
-        self.machine.set("CACHEC_DIR", forged.to_string_lossy());
-        self.build()?;
-        assert_eq!(
-            self.project.run_app()?,
-            before,
-            "the negative control: without the input, the stale program"
-        );
-        Ok(())
-    }
-}
-
-const PRINT_MADE: &str = "fn main() { println!(\"{}\", maker::made!()); }\n";
+use cachec_bench::case::{Case, PRINT_MADE};
+use cachec_bench::{Build, Project};
 
 #[test]
 fn a_proc_macro_that_reads_a_file() -> Result<()> {
@@ -221,6 +138,28 @@ fn a_static_library_inside_a_library() -> Result<()> {
     let script = format!("fn main() {{ println!(\"cargo:rustc-link-search={}\"); }}\n", native.display());
     case.project.write("inner/build.rs", &script)?;
     case.prove("41", |case| archive_answer(&case.outside("native"), 42), "42", "libanswer.a")
+}
+
+#[test]
+fn the_c_library_of_another_system() -> Result<()> {
+    let mut case = Case::new(PRINT_ANSWER, &[])?;
+    // What the linker takes for the C library is a script; here it holds the program's function, too.
+    let system = case.outside("system");
+    archive_answer(&system, 1)?;
+    let found = Command::new("cc").arg("-print-file-name=libc.so").output()?.stdout;
+    let script = fs::read_to_string(String::from_utf8(found)?.trim())?;
+    let group = format!("GROUP ( {}/libanswer.a ", system.display());
+    assert!(script.contains("GROUP ("), "the C library is no linker script");
+    fs::write(system.join("libc.so"), script.replace("GROUP (", &group))?;
+    case.machine.set("RUSTFLAGS", format!("-Lnative={}", system.display()));
+    let install = |case: &Case| -> Result<()> {
+        let system = case.outside("system");
+        archive_answer(&case.outside("newer"), 2)?;
+        let script = fs::read_to_string(system.join("libc.so"))?;
+        let new = script.replace("system/libanswer.a", "newer/libanswer.a");
+        Ok(fs::write(system.join("libc.so"), new)?)
+    };
+    case.prove("1", install, "2", "libc.so")
 }
 
 #[test]
@@ -526,38 +465,6 @@ fn executing_a_pipe_does_not_hang() -> Result<()> {
     assert!(Command::new("mkfifo").arg(case.project.root.join("app/pipe")).status()?.success());
     case.build()?;
     assert_eq!(case.project.run_app()?, "false");
-    Ok(())
-}
-
-#[test]
-fn a_declared_variable_that_a_proc_macro_reads() -> Result<()> {
-    let mut case =
-        Case::new(PRINT_MADE, &["maker"])?.with_macro("std::env::var(\"SETTING\").unwrap_or_default()")?;
-    let tier = |case: &Case, name: &str| case.machine.path(name).to_string_lossy().into_owned();
-    case.machine.set("CACHEC_ENV", "SETTING");
-    for (setting, compiled) in [("one", true), ("two", true), ("one", false), ("two", false)] {
-        case.machine.set("SETTING", setting);
-        case.machine.set("CACHEC_DIR", tier(&case, if setting == "one" { "tier" } else { "changed" }));
-        assert_eq!(!case.build()?.compiled.is_empty(), compiled, "{setting}");
-        assert_eq!(case.project.run_app()?, setting);
-    }
-    // In one tier the two are told apart, by the action key alone.
-    case.machine.set("CACHEC_DIR", tier(&case, "tier"));
-    assert!(!case.build()?.compiled.is_empty());
-    assert_eq!(case.project.run_app()?, "two");
-    case.machine.set("CACHEC_DIR", tier(&case, "forged"));
-    case.machine.set("SETTING", "one");
-    case.build()?;
-    let (forged, changed) = (case.machine.path("forged"), case.machine.path("changed"));
-    let confused = cachec_bench::tier::confuse_actions(&forged, &changed)?;
-    assert!(confused > 0, "no action to confuse");
-    case.machine.set("SETTING", "two");
-    case.build()?;
-    assert_eq!(
-        case.project.run_app()?,
-        "one",
-        "the negative control: with one key for both, the stale program"
-    );
     Ok(())
 }
 
