@@ -129,7 +129,11 @@ async fn forward(
 fn matching(agent: &Agent, unit: &Unit, results: Vec<StoredResult>) -> Option<StoredResult> {
     let mut first_difference = None;
     for result in results {
-        match inputs::validate(unit, &result.input_set, &agent.memo) {
+        let started = Instant::now();
+        let validated = inputs::validate(unit, &result.input_set, &agent.memo);
+        let validation_us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
+        agent.statistics_of(unit).validated(result.input_set.inputs().len(), validation_us);
+        match validated {
             Ok(()) => return Some(result),
             Err(name) => {
                 first_difference.get_or_insert_with(|| String::from_utf8_lossy(name).replace('\0', "$"));

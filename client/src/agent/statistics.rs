@@ -34,6 +34,10 @@ pub(crate) struct Statistics {
     pub(crate) uploaded: u64,
     /// Restores that failed after a match; the compiler ran.
     pub(crate) failed_restores: u64,
+    /// Inputs of stored results that were compared with what is here.
+    pub(crate) validated_inputs: u64,
+    /// Microseconds that this took, first reads of files included.
+    pub(crate) validation_us: u64,
     /// Compile milliseconds that hits have saved, as they were measured when stored.
     pub(crate) saved_ms: u64,
     #[serde(skip)]
@@ -53,6 +57,12 @@ impl Statistics {
     /// Counts a unit that is not cached.
     pub(crate) fn refuse(&mut self, reason: &str, crate_name: &str) {
         *self.refused.entry(reason.to_owned()).or_default().entry(crate_name.to_owned()).or_default() += 1;
+    }
+
+    /// Counts a comparison of inputs.
+    pub(crate) fn validated(&mut self, inputs: usize, elapsed_us: u64) {
+        self.validated_inputs += inputs as u64;
+        self.validation_us = self.validation_us.saturating_add(elapsed_us);
     }
 
     /// Adds a hit's latency.
