@@ -46,6 +46,8 @@ pub fn run(programs: &[String], command: &str) -> anyhow::Result<()> {
         "warm s",
         "units",
         "hits",
+        "C tools plain / warm",
+        "rustc warm",
         "bound",
         "not stored",
         "files",
@@ -74,8 +76,9 @@ fn compare(program: &str, command: &str) -> anyhow::Result<(Vec<String>, Vec<Str
     let sources = directory.path().join(name);
     crates::unpack(name, version, &sources)?;
     let cargo_home = crates::cargo_home()?;
-    let machine =
+    let mut machine =
         Machine::new()?.with("CARGO_HOME", cargo_home.to_string_lossy()).with("CACHEC_PATHS", "exact");
+    machine.note_tools()?;
     let target = sources.join("target");
     let build = |variables: &[(&str, &str)]| -> anyhow::Result<(Build, BTreeMap<String, String>)> {
         let build = machine.cargo_shown(&sources, &[command, "--quiet", "--locked"], variables)?;
@@ -114,6 +117,8 @@ fn compare(program: &str, command: &str) -> anyhow::Result<(Vec<String>, Vec<Str
         format!("{:.1}", warm.elapsed.as_secs_f64()),
         number("units").to_string(),
         number("local_hits").to_string(),
+        format!("{} / {}", first.tools, warm.tools),
+        (warm.compiled.len() + warm.probes).to_string(),
         stored["bound"].to_string(),
         stored["not_stored"].to_string(),
         plain.len().to_string(),
@@ -123,15 +128,27 @@ fn compare(program: &str, command: &str) -> anyhow::Result<(Vec<String>, Vec<Str
     Ok((row, differing))
 }
 
-/// Digests of the compiled files below a target directory: libraries and programs, not what cargo notes.
+/// Digests of what compilers and build scripts have left below a target directory, not of what cargo notes. Where a
+/// build script's program has a launcher in its place, the program kept beside it counts.
 fn digests(target: &Path) -> anyhow::Result<BTreeMap<String, String>> {
     let mut digests = BTreeMap::new();
     for file in files_below(target)? {
         let name = file.strip_prefix(target)?.to_string_lossy().into_owned();
-        let compiled = name.contains("/deps/") || name.contains("/build/");
-        // What build scripts write is theirs: they run each time.
-        if compiled && !name.contains("/out/") && !name.ends_with("output") && !name.ends_with("stderr") {
-            digests.insert(name, cachec_protocol::Digest::of(&fs::read(&file)?).to_string());
+        let is_made = name.contains("/deps/") || name.contains("/build/");
+        let file_name = name.rsplit('/').next().unwrap_or_default();
+        // Cargo's own notes, its link to a script's program, and the program where it is kept.
+        let is_noted = ["output", "root-output", "stderr", "invoked.timestamp"].contains(&file_name)
+            && !name.contains("/out/");
+        let is_other_name = file_name.starts_with("build-script-") || file_name.ends_with(".cachec");
+        if is_made && !is_noted && !is_other_name {
+            let crate_name = file_name.split('-').next().unwrap_or_default();
+            let kept = file.with_file_name(format!("{crate_name}.cachec"));
+            let file = if !file_name.contains('.') && kept.exists() { kept } else { file };
+            let content = match fs::read_link(&file) {
+                Ok(target) => target.into_os_string().into_encoded_bytes(),
+                Err(_) => fs::read(&file)?,
+            };
+            digests.insert(name, cachec_protocol::Digest::of(&content).to_string());
         }
     }
     Ok(digests)

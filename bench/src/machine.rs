@@ -16,6 +16,9 @@ use crate::programs::{cargo, programs};
 /// What a compiler notes that is asked for something else than a unit.
 const PROBE: &str = "?";
 
+/// What a tool notes.
+const TOOL: &str = "!";
+
 /// Linux's value on every architecture cachec runs on.
 const O_NONBLOCK: i32 = 0o4000;
 
@@ -44,6 +47,8 @@ pub struct Build {
     pub compiled: Vec<String>,
     /// How often a compiler was started to be asked something.
     pub probes: usize,
+    /// How often a tool of [`Machine::note_tools`] was started.
+    pub tools: usize,
 }
 
 impl Build {
@@ -126,9 +131,25 @@ impl Machine {
              previous=$word\ndone\necho \"$noted\" >> \"$COMPILED\"\nexec {} \"$@\"\n",
             compiler.display(),
         );
-        let script = self.path("bin/rustc");
-        fs::write(&script, text)?;
-        fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+        write_script(&self.path("bin/rustc"), &text)
+    }
+
+    /// Has the tools that build C code note each start, too.
+    ///
+    /// # Errors
+    /// Where the scripts cannot be written.
+    pub fn note_tools(&mut self) -> anyhow::Result<()> {
+        let directory = self.path("tools");
+        fs::create_dir(&directory)?;
+        let path = std::env::var("PATH")?;
+        for tool in ["cc", "c++", "gcc", "g++", "clang", "clang++", "ar", "ld", "cmake", "make", "perl"] {
+            let found =
+                std::env::split_paths(&path).map(|directory| directory.join(tool)).find(|path| path.exists());
+            let Some(real) = found else { continue };
+            let text = format!("#!/bin/sh\necho {TOOL} >> \"$COMPILED\"\nexec {} \"$@\"\n", real.display());
+            write_script(&directory.join(tool), &text)?;
+        }
+        self.set("PATH", format!("{}:{path}", directory.display()));
         Ok(())
     }
 
@@ -216,8 +237,10 @@ impl Machine {
         let started = Instant::now();
         let Output { status, stdout, stderr } = cargo().context("cargo")?;
         let compiled = self.take_noted()?;
-        let (asked, mut compiled): (Vec<String>, Vec<String>) =
-            compiled.lines().map(str::to_owned).partition(|noted| noted == PROBE);
+        let count = |what: &str| compiled.lines().filter(|noted| *noted == what).count();
+        let (probes, tools) = (count(PROBE), count(TOOL));
+        let units = compiled.lines().filter(|noted| ![PROBE, TOOL].contains(noted));
+        let mut compiled: Vec<String> = units.map(str::to_owned).collect();
         compiled.sort_unstable();
         Ok(Build {
             success: status.success(),
@@ -225,7 +248,8 @@ impl Machine {
             stderr: String::from_utf8_lossy(&stderr).into_owned(),
             elapsed: started.elapsed(),
             compiled,
-            probes: asked.len(),
+            probes,
+            tools,
         })
     }
 
@@ -273,6 +297,12 @@ impl Drop for Machine {
     fn drop(&mut self) {
         self.signal_agents("KILL");
     }
+}
+
+fn write_script(path: &Path, text: &str) -> anyhow::Result<()> {
+    fs::write(path, text)?;
+    fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+    Ok(())
 }
 
 /// The compiler itself, behind rustup's proxy.

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
+use cachec_bench::tier::forget_inputs;
 use cachec_bench::{Build, Machine, Project};
 use serde_json::Value;
 
@@ -282,6 +283,46 @@ fn what_depends_on_more_than_files_is_not_stored() -> Result<()> {
             continue;
         }
         case.not_stored(reason).with_context(|| reason.to_owned())?;
+    }
+    Ok(())
+}
+
+#[test]
+fn what_is_read_through_own_links_is_read() -> Result<()> {
+    for link in [
+        "std::os::unix::fs::symlink(&data, out.join(\"a\")).unwrap(); let path = out.join(\"a/data.txt\");",
+        "fs::create_dir(out.join(\"a\")).unwrap(); std::os::unix::fs::symlink(data.join(\"data.txt\"), out.join(\"a/b\")).unwrap(); let path = out.join(\"a/../a/b\");",
+        "std::os::unix::fs::symlink(&data, out.join(\"a\")).unwrap(); env::set_current_dir(out.join(\"a\")).unwrap(); let path = PathBuf::from(\"data.txt\");",
+        "fs::hard_link(data.join(\"data.txt\"), out.join(\"a\")).unwrap(); let path = out.join(\"a\");",
+    ] {
+        let script = format!(
+            "let data = fs::canonicalize(\"data\").unwrap();\n{link}\nlet text = fs::read_to_string(path).unwrap();\n\
+             env::set_current_dir(env::var(\"CARGO_MANIFEST_DIR\").unwrap()).unwrap();\n\
+             Command::new(\"rm\").arg(\"-r\").arg(out.join(\"a\")).status().unwrap();\n\
+             fs::write(out.join(\"text.txt\"), text).unwrap();"
+        );
+        let case = Case::new(PRINT_TEXT, &script)?;
+        case.project.write("app/data/data.txt", "one")?;
+        assert!(case.runs()?);
+        // A new name of a file changes its ctime: it may have changed meanwhile, so that run is not stored.
+        assert_eq!(case.runs()?, link.contains("hard_link"), "{link}: {}", case.statistics()?);
+        case.project.write("app/data/data.txt", "two")?;
+        assert!(case.runs()?, "the change was not noticed: {link}");
+        assert_eq!(case.project.run_app()?, "two");
+    }
+    Ok(())
+}
+
+#[test]
+fn compiling_for_this_cpu_makes_it_an_input() -> Result<()> {
+    let script = "let run = |flag: &str| assert!(Command::new(\"cc\").args([\"-c\", flag, \"a.c\", \"-o\"]).arg(out.join(\"a.o\")).status().unwrap().success());\n\
+        run(\"FLAG\"); fs::write(out.join(\"text.txt\"), \"x\").unwrap();";
+    for (flag, counts) in [("-O1", false), ("-march=native", true)] {
+        let case = Case::new(PRINT_TEXT, &script.replace("FLAG", flag))?;
+        case.project.write("app/a.c", "int a;")?;
+        assert!(case.runs()? && !case.runs()?);
+        let is_cpu = |input: &cachec_protocol::Input| input.kind == cachec_protocol::InputKind::Cpu;
+        assert_eq!(forget_inputs(&case.machine.path("tier"), is_cpu)? > 0, counts, "{flag}");
     }
     Ok(())
 }

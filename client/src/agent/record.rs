@@ -11,6 +11,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use cachec_protocol::codec::Message;
 use cachec_protocol::message::PublishRequest;
 use cachec_protocol::pack::{self, Length, UPLOAD_LEVEL};
 use cachec_protocol::result::MAX_STREAM_BYTES;
@@ -197,6 +198,8 @@ pub(crate) fn record(
         compile_ms: finished.compile_ms,
         pack: has_outputs.then_some(Pack { digest: packed.digest }),
     };
+    // What a reader would refuse.
+    result.check().map_err(|_| NotStorable::Observed("large-result".to_owned()))?;
     let action_fields = pack::compress(&encode(&unit.action_fields), UPLOAD_LEVEL)?;
     Ok(Recorded { publish: PublishRequest { result, action_fields }, pack: packed.spool, bound })
 }

@@ -13,12 +13,16 @@ use super::record::{OpenOutput, Source};
 use crate::inputs::NotStorable;
 use crate::memo::Identity;
 
+/// A larger directory is made faster than it is kept and sent.
+const MAX_TREE_BYTES: u64 = 1 << 30;
+
 /// A file up to this size may be text, in which roots are looked for.
 pub(super) const MAX_TEXT_BYTES: u64 = 4 << 20;
 
 /// Everything below a directory, each entry behind the directory it is in.
 pub(super) fn walk(root: &Path) -> Result<Vec<OpenOutput>, NotStorable> {
     let mut outputs = Vec::new();
+    let mut size_bytes = 0;
     let mut directories = vec![root.to_owned()];
     while let Some(directory) = directories.pop() {
         for entry in fs::read_dir(directory).map_err(|_| NotStorable::MissingOutput)? {
@@ -27,8 +31,9 @@ pub(super) fn walk(root: &Path) -> Result<Vec<OpenOutput>, NotStorable> {
             if matches!(output.source, Source::Directory) {
                 directories.push(path);
             }
+            size_bytes += output.identity.size_bytes;
             outputs.push(output);
-            if outputs.len() > MAX_OUTPUTS {
+            if outputs.len() > MAX_OUTPUTS || size_bytes > MAX_TREE_BYTES {
                 return Err(NotStorable::Observed("large-out-dir".to_owned()));
             }
         }

@@ -1,0 +1,27 @@
+#!/bin/sh
+# Builds this project's server through this project's client, twice from nothing. The second build must restore
+# everything, RocksDB's C++ included: a compiler that is started is a miss, and fails this.
+set -eu
+cd "$(dirname "$0")/.."
+sh bench/prepare.sh
+self=$PWD/target/self
+[ -x "$self/cachec" ] || sh bench/bootstrap.sh
+export RUSTC_WRAPPER="$self/cachec" CACHEC_DIR="$self/tier" CACHEC_RUNTIME_DIR="$self/run" CARGO_INCREMENTAL=0
+
+build() {
+    rm -rf "$self/build"
+    cargo build --locked --package cachec-server --target-dir "$self/build"
+    "$self/cachec" flush
+}
+misses() {
+    "$self/cachec" stats --json | grep -o '"misses":[0-9]*'
+}
+
+echo "==> Building cachec-server through cachec" >&2
+build
+before=$(misses)
+echo "==> Building it again, from nothing" >&2
+build
+"$self/cachec" stats
+[ "$(misses)" = "$before" ] || { echo "The second build has compiled something." >&2; exit 1; }
+"$self/build/debug/cachec-server" --version
