@@ -3,9 +3,10 @@
 //! [`programs`] builds and names the two programs, [`server`] runs a server, [`machine`] is a build machine
 //! with its own home, caches and agent, [`tier`] forges its local tier, [`project`] writes small workspaces,
 //! [`case`] proves that one of them is never restored wrongly, [`line`] stands between client and server and
-//! misbehaves.
+//! misbehaves, [`slow_line`] is merely far.
 
 pub mod case;
+pub mod container;
 pub mod crates;
 pub mod demo;
 pub mod differential;
@@ -15,6 +16,7 @@ pub mod programs;
 pub mod project;
 pub mod sandbox;
 pub mod server;
+pub mod slow_line;
 pub mod tier;
 
 pub use machine::{Build, Machine};

@@ -17,6 +17,18 @@ enum Command {
         #[arg(long)]
         plain: bool,
     },
+    /// Builds ripgrep in fresh containers at some distance from their server
+    Container {
+        /// Round-trip times in milliseconds
+        #[arg(long, value_delimiter = ',', default_values_t = [0, 20, 100])]
+        round_trips_ms: Vec<u64>,
+        /// The limited line's speed in Mbit/s
+        #[arg(long, default_value_t = 100)]
+        megabits: u32,
+        /// Builds of each kind
+        #[arg(long, default_value_t = 3)]
+        runs: usize,
+    },
     /// Compares restored builds of real programs with plain ones, byte for byte
     Differential {
         /// Programs as name@version; a list of twelve where none is named
@@ -30,6 +42,9 @@ enum Command {
 fn main() -> anyhow::Result<()> {
     match Cli::parse().command {
         Command::Demo { plain } => cachec_bench::demo::run(plain),
+        Command::Container { round_trips_ms, megabits, runs } => {
+            cachec_bench::container::run(&round_trips_ms, megabits, runs)
+        }
         Command::Differential { programs, command } => cachec_bench::differential::run(&programs, &command),
     }
 }

@@ -1,6 +1,7 @@
 //! A server on a loopback port of its own.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -58,6 +59,21 @@ impl Server {
         anyhow::ensure!(output.status.success(), "no token was created");
         let text = String::from_utf8(output.stdout)?;
         text.split_whitespace().last().map(str::to_owned).context("no token was printed")
+    }
+
+    /// Requests answered so far, probes of this kind aside.
+    ///
+    /// # Errors
+    /// Where the server does not answer.
+    pub fn requests(&self) -> anyhow::Result<u64> {
+        let address = self.url.strip_prefix("http://").context("a plain server")?;
+        let mut stream = TcpStream::connect(address)?;
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text)?;
+        let counts =
+            text.lines().filter(|line| line.starts_with("cachec_requests_total") && line.contains("/v1/"));
+        Ok(counts.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum())
     }
 
     /// Highest resident set of the server so far, in bytes.

@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use cachec_protocol::codec::Message;
 use cachec_protocol::message::{
-    BlobList, CBOR, ErrorBody, LookupRequest, LookupResponse, Manifest, PROTOCOL_HEADER, PROTOCOL_VERSION,
-    PublishRequest, ZSTD,
+    BlobList, CBOR, ErrorBody, FRAMES, LookupRequest, LookupResponse, Manifest, PROTOCOL_HEADER,
+    PROTOCOL_VERSION, PublishRequest, ZSTD,
 };
 use cachec_protocol::{ActionKey, Digest, decode, encode};
 use futures_util::{Stream, StreamExt};
@@ -162,14 +162,27 @@ impl Remote {
         &self,
         digest: &Digest,
     ) -> Result<impl Stream<Item = io::Result<Bytes>> + Send + use<'_>, RemoteError> {
-        let path = format!("blobs/{digest}");
-        let get = Call {
-            method: Method::GET,
-            path: &path,
-            media_type: ZSTD,
-            body: Body::default(),
-            size_bytes: None,
-        };
+        self.stream(&format!("blobs/{digest}"), ZSTD).await
+    }
+
+    /// The frames of what the last such build asked for.
+    ///
+    /// # Errors
+    /// See [`RemoteError`]; [`RemoteError::Absent`] where there was no such build.
+    pub(crate) async fn build(
+        &self,
+        key: &ActionKey,
+        with_packs: bool,
+    ) -> Result<impl Stream<Item = io::Result<Bytes>> + Send + use<'_>, RemoteError> {
+        self.stream(&format!("builds/{key}?packs={with_packs}"), FRAMES).await
+    }
+
+    async fn stream(
+        &self,
+        path: &str,
+        media_type: &'static str,
+    ) -> Result<impl Stream<Item = io::Result<Bytes>> + Send + use<'_>, RemoteError> {
+        let get = Call { method: Method::GET, path, media_type, body: Body::default(), size_bytes: None };
         let response = self.settle(&self.reads, within(LOOKUP_TIMEOUT, self.call(&self.reads, get)).await)?;
         let stream = response.bytes_stream();
         Ok(futures_util::stream::unfold(Box::pin(stream), move |mut stream| async move {

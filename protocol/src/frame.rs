@@ -1,4 +1,4 @@
-//! The stream that answers `fetch`: several blobs in one response.
+//! The stream that answers `fetch` and `builds`: several blobs in one response.
 //!
 //! ```text
 //! stream  "CCF1" | frame … | end frame
@@ -9,6 +9,7 @@
 //! |---|---|
 //! | 1 blob | its zstd frames, as `GET` would answer |
 //! | 2 absent | none |
+//! | 3 manifests | a zstd frame of an encoded [`crate::message::LookupResponse`]; the digest is zero. Of `builds` alone |
 //! | 255 end | none; the digest is zero. A stream without it was cut off |
 //!
 //! Only headers are encoded here. Bodies pass through both sides without being held in memory.
@@ -36,6 +37,11 @@ pub enum Frame {
     },
     /// The server does not have that blob.
     Absent(Digest),
+    /// Manifests follow.
+    Manifests {
+        /// Length of the compressed body that follows, in bytes.
+        body_bytes: u64,
+    },
     /// Everything that was asked for has been answered.
     End,
 }
@@ -52,6 +58,7 @@ impl Frame {
         let (kind, digest, body_bytes) = match self {
             Self::Blob { digest, body_bytes } => (1, *digest.as_bytes(), body_bytes),
             Self::Absent(digest) => (2, *digest.as_bytes(), 0),
+            Self::Manifests { body_bytes } => (3, [0; DIGEST_BYTES], body_bytes),
             Self::End => (255, [0; DIGEST_BYTES], 0),
         };
         let mut header = [0; HEADER_BYTES];
@@ -75,6 +82,9 @@ impl Frame {
                 Ok(Self::Blob { digest: Digest::from_bytes(digest), body_bytes })
             }
             (2, 0) => Ok(Self::Absent(Digest::from_bytes(digest))),
+            (3, body_bytes) if digest == [0; DIGEST_BYTES] && body_bytes <= MAX_BODY_BYTES => {
+                Ok(Self::Manifests { body_bytes })
+            }
             (255, 0) if digest == [0; DIGEST_BYTES] => Ok(Self::End),
             _ => Err(MalformedFrame),
         }
@@ -100,7 +110,8 @@ mod tests {
         #[test]
         fn headers_round_trip(digest in any::<[u8; 32]>(), length in 0..=MAX_BODY_BYTES) {
             let digest = Digest::from_bytes(digest);
-            for frame in [Frame::Blob { digest, body_bytes: length }, Frame::Absent(digest), Frame::End] {
+            let manifests = Frame::Manifests { body_bytes: length };
+            for frame in [Frame::Blob { digest, body_bytes: length }, Frame::Absent(digest), manifests, Frame::End] {
                 prop_assert_eq!(Frame::from_header(&frame.to_header()), Ok(frame));
             }
         }

@@ -13,6 +13,7 @@
 
 pub mod action;
 pub mod arguments;
+pub mod build;
 pub mod codec;
 pub mod digest;
 pub mod fields;
@@ -26,6 +27,7 @@ pub mod script;
 
 pub use action::RustcAction;
 pub use arguments::{Argument, ArgumentError};
+pub use build::{BuildAction, BuildEntry, BuildRecord};
 pub use codec::{DecodeError, decode, encode};
 pub use digest::{ActionKey, Digest, ResultKey};
 pub use fields::Fields;

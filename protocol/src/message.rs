@@ -6,6 +6,7 @@
 //! | `POST /v1/{namespace}/blobs/missing` | [`BlobList`] | [`BlobList`] |
 //! | `GET`/`HEAD`/`PUT /v1/{namespace}/blobs/{digest}` | zstd frames | zstd frames |
 //! | `POST /v1/{namespace}/fetch` | [`BlobList`] | [`crate::frame`] stream |
+//! | `GET /v1/{namespace}/builds/{build key}` | none | [`crate::frame`] stream: manifests, then packs |
 //! | `PUT /v1/{namespace}/results/{result key}` | [`PublishRequest`] | none |
 //!
 //! Every error response has an [`ErrorBody`].

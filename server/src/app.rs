@@ -17,7 +17,7 @@ use tower::limit::GlobalConcurrencyLimitLayer;
 use tower::load_shed::LoadShedLayer;
 
 use crate::body;
-use crate::endpoints::{blobs, fetch, lookup, missing, probes, results};
+use crate::endpoints::{blobs, builds, fetch, lookup, missing, probes, results};
 use crate::error::ApiError;
 use crate::metrics::Metrics;
 use crate::store::Store;
@@ -121,6 +121,7 @@ pub fn router(app: App) -> Router {
         .route("/v1/{namespace}/blobs/missing", post(missing::post))
         .route("/v1/{namespace}/blobs/{digest}", get(blobs::get).head(blobs::head).put(blobs::put))
         .route("/v1/{namespace}/fetch", post(fetch::post))
+        .route("/v1/{namespace}/builds/{build_key}", get(builds::get))
         .route("/v1/{namespace}/results/{result_key}", put(results::put))
         .layer(overload)
         .route("/healthz", get(probes::health))

@@ -5,9 +5,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cachec_protocol::StoredResult;
+use tempfile::SpooledTempFile;
 use tokio_util::io::{StreamReader, SyncIoBridge};
 
 use super::Agent;
+use super::prefetch::{Announced, Build};
 use super::restore::{self, Restored};
 use crate::inputs;
 use crate::remote::Remote;
@@ -28,16 +30,25 @@ pub(super) enum Tier {
 pub(super) struct Found {
     pub(super) restored: Restored,
     pub(super) tier: Tier,
-    pub(super) saved_ms: u64,
+    pub(super) result: StoredResult,
 }
 
 /// Looks in the local tier, then on the server.
-pub(super) async fn find(agent: &Arc<Agent>, unit: &Arc<Unit>) -> Option<Found> {
-    if let Some(found) = find_locally(agent, unit).await {
-        return Some(found);
+pub(super) async fn find(agent: &Arc<Agent>, unit: &Arc<Unit>, build: Option<&Arc<Build>>) -> Option<Found> {
+    if let Some(build) = build {
+        build.ask(unit.action_key);
     }
-    let remote = agent.remote.as_ref().filter(|remote| !remote.reads.is_open())?;
-    find_remotely(agent, remote, unit).await
+    let found = match find_locally(agent, unit).await {
+        Some(found) => Some(found),
+        None => {
+            let remote = agent.remote.as_ref().filter(|remote| !remote.reads.is_open())?;
+            find_remotely(agent, remote, unit, build).await
+        }
+    }?;
+    if let Some(build) = build {
+        build.fits(&found.result);
+    }
+    Some(found)
 }
 
 async fn find_locally(agent: &Arc<Agent>, unit: &Arc<Unit>) -> Option<Found> {
@@ -48,7 +59,7 @@ async fn find_locally(agent: &Arc<Agent>, unit: &Arc<Unit>) -> Option<Found> {
         match restore::from_local(&unit, &result, tier, &agent.memo) {
             Ok(restored) => {
                 tier.touch(&result);
-                Some(Found { restored, tier: Tier::Local, saved_ms: result.compile_ms })
+                Some(Found { restored, tier: Tier::Local, result })
             }
             Err(error) => {
                 restore_failed(&agent, &unit, &error);
@@ -59,25 +70,46 @@ async fn find_locally(agent: &Arc<Agent>, unit: &Arc<Unit>) -> Option<Found> {
     .await
 }
 
-async fn find_remotely(agent: &Arc<Agent>, remote: &Remote, unit: &Arc<Unit>) -> Option<Found> {
-    let manifests = remote.lookup(vec![unit.action_key]).await.ok()?;
-    let results: Vec<StoredResult> = manifests
-        .iter()
-        .filter(|manifest| manifest.action_key == unit.action_key)
-        .flat_map(cachec_protocol::message::Manifest::readable_results)
-        .collect();
+async fn find_remotely(
+    agent: &Arc<Agent>,
+    remote: &Remote,
+    unit: &Arc<Unit>,
+    build: Option<&Arc<Build>>,
+) -> Option<Found> {
+    let foretold = match build {
+        Some(build) => build.manifest(agent, &unit.action_key).await,
+        None => None,
+    };
+    let results = match foretold {
+        Some(results) => results,
+        None => ask(remote, unit).await?,
+    };
     let result = {
         let (agent, unit) = (Arc::clone(agent), Arc::clone(unit));
         blocking(move || matching(&agent, &unit, results)).await?
     };
     let started = Instant::now();
-    let limit = FETCH_TIMEOUT.max(Duration::from_millis(result.compile_ms.saturating_mul(2)));
-    let fetched = tokio::time::timeout(limit, fetch(agent, remote, unit, &result)).await;
+    let announced = match (build, result.pack) {
+        (Some(build), Some(pack)) => build.pack(&pack.digest, result.compile_ms).await,
+        _ => Announced::No,
+    };
+    let staged = match announced {
+        Announced::Here(pack) => stage(agent, unit, &result, pack).await,
+        Announced::Late => {
+            remote.spend(started);
+            return None;
+        }
+        Announced::No => {
+            let limit = FETCH_TIMEOUT.max(Duration::from_millis(result.compile_ms.saturating_mul(2)));
+            let fetched = tokio::time::timeout(limit, fetch(agent, remote, unit, &result)).await;
+            fetched.unwrap_or_else(|_| Err(io::Error::from(io::ErrorKind::TimedOut)))
+        }
+    };
     remote.spend(started);
-    match fetched.unwrap_or_else(|_| Err(io::Error::from(io::ErrorKind::TimedOut))) {
+    match staged {
         Ok(restored) => {
             remote.save(result.compile_ms);
-            Some(Found { restored, tier: Tier::Remote, saved_ms: result.compile_ms })
+            Some(Found { restored, tier: Tier::Remote, result })
         }
         Err(error) => {
             remote.read_failed(&format!("a blob could not be restored: {error}"));
@@ -85,6 +117,24 @@ async fn find_remotely(agent: &Arc<Agent>, remote: &Remote, unit: &Arc<Unit>) ->
             None
         }
     }
+}
+
+async fn ask(remote: &Remote, unit: &Unit) -> Option<Vec<StoredResult>> {
+    let manifests = remote.lookup(vec![unit.action_key]).await.ok()?;
+    let own = manifests.iter().filter(|manifest| manifest.action_key == unit.action_key);
+    Some(own.flat_map(cachec_protocol::message::Manifest::readable_results).collect())
+}
+
+/// Stages a pack that is here already.
+async fn stage(
+    agent: &Arc<Agent>,
+    unit: &Arc<Unit>,
+    result: &StoredResult,
+    pack: SpooledTempFile,
+) -> io::Result<Restored> {
+    let (agent, unit, result) = (Arc::clone(agent), Arc::clone(unit), result.clone());
+    let staging = move || restore::from_pack(&unit, &result, pack, agent.local.as_ref(), &agent.memo);
+    tokio::task::spawn_blocking(staging).await.map_err(io::Error::other)?
 }
 
 async fn fetch(

@@ -13,6 +13,7 @@ mod gates;
 mod launcher;
 mod listen;
 mod lookup;
+mod prefetch;
 mod publish;
 mod record;
 mod restore;
@@ -36,6 +37,7 @@ use crate::remote::Remote;
 use crate::toolchain::Toolchains;
 use crate::unit::{Task, Unit};
 use gates::Gates;
+use prefetch::Builds;
 use statistics::Statistics;
 
 /// Longest wait for uploads when a build may be over.
@@ -56,6 +58,7 @@ pub(crate) struct Agent {
     /// Those of probes, which are no units.
     probe_statistics: Mutex<Statistics>,
     gates: Gates,
+    builds: Builds,
     /// Units between their request and their end.
     active: watch::Sender<usize>,
     /// Jobs that are not stored everywhere yet.
@@ -90,6 +93,7 @@ impl Agent {
             statistics: Mutex::default(),
             probe_statistics: Mutex::default(),
             gates: Gates::default(),
+            builds: Builds::default(),
             active: watch::Sender::new(0),
             pending: watch::Sender::new(0),
             packing: Semaphore::new(PACKING_TASKS),

@@ -12,6 +12,7 @@ use tempfile::{SpooledData, SpooledTempFile};
 use tokio::sync::OwnedMutexGuard;
 use tokio_util::io::ReaderStream;
 
+use super::prefetch::Build;
 use super::record::{self, OpenOutputs, Recorded, Stores};
 use super::{Agent, Counted};
 use crate::inputs::NotStorable;
@@ -28,6 +29,7 @@ pub(super) struct Job {
     pub(super) finished: Finished,
     pub(super) outputs: OpenOutputs,
     pub(super) gate: Option<OwnedMutexGuard<()>>,
+    pub(super) build: Option<Arc<Build>>,
 }
 
 /// Starts storing; returns at once.
@@ -39,9 +41,9 @@ pub(super) fn start(agent: &Arc<Agent>, job: Job) {
     let counted = Counted::new(&agent.pending);
     let agent = Arc::clone(agent);
     tokio::spawn(async move {
-        let Job { unit, finished, outputs, gate } = job;
+        let Job { unit, finished, outputs, gate, build } = job;
         match pack(&agent, Arc::clone(&unit), finished, outputs).await {
-            Ok(recorded) => store(&agent, &unit, recorded).await,
+            Ok(recorded) => store(&agent, &unit, recorded, build.as_deref()).await,
             Err(reason) => {
                 tracing::info!("not stored: {reason:?}");
                 count_not_stored(&agent, &unit, &reason.to_string());
@@ -77,7 +79,7 @@ async fn pack(
     .map_err(std::io::Error::other)?
 }
 
-async fn store(agent: &Agent, unit: &Unit, recorded: Recorded) {
+async fn store(agent: &Agent, unit: &Unit, recorded: Recorded, build: Option<&Build>) {
     {
         let mut statistics = agent.statistics_of(unit);
         statistics.stored += 1;
@@ -86,14 +88,30 @@ async fn store(agent: &Agent, unit: &Unit, recorded: Recorded) {
     // Without the pack's bytes there was no server to take them when the result was recorded.
     let is_whole = recorded.pack.is_some() || recorded.publish.result.pack.is_none();
     let Some(remote) = agent.writable_remote().filter(|_| is_whole) else { return };
+    let result = recorded.publish.result.clone();
     match upload(remote, recorded).await {
-        Ok(()) => agent.statistics_of(unit).uploaded += 1,
+        Ok(()) => {
+            agent.statistics_of(unit).uploaded += 1;
+            if let Some(build) = build {
+                build.fits(&result);
+            }
+        }
         Err(error) => {
             tracing::warn!("a result could not be uploaded: {error}");
             if let RemoteError::Refused { status: 507, .. } = error {
                 agent.notify(format!("storing without the server: {error}"));
             }
         }
+    }
+}
+
+/// Publishes what a build asked for, where the last record does not say so already. Without it the next build asks
+/// unit by unit.
+pub(super) async fn leave_record(agent: &Agent, build: &Build) {
+    if let (Some(remote), Some(record)) = (agent.writable_remote(), build.new_record())
+        && let Err(error) = remote.publish(&record).await
+    {
+        tracing::info!("no build record: {error}");
     }
 }
 

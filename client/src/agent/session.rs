@@ -10,6 +10,7 @@ use tokio::net::UnixStream;
 use tokio::sync::OwnedMutexGuard;
 
 use super::lookup::{self, Found, Tier};
+use super::prefetch::Build;
 use super::publish::{self, Job};
 use super::{Agent, Counted, DRAIN_TIMEOUT, launcher, record};
 use crate::invocation::{Invocation, Refusal};
@@ -28,9 +29,13 @@ const INCREMENTAL_NOTICE: &str = "incremental compilation is off in CI and conta
 /// # Errors
 /// Those of the socket: the wrapper is gone, or gave up. Whatever was staged for it is removed.
 pub(super) async fn serve(agent: Arc<Agent>, stream: UnixStream) -> io::Result<()> {
+    let wrapper = stream.peer_cred().ok().and_then(|peer| peer.pid());
     let mut connection = Connection { stream };
     match connection.receive().await? {
-        Request::Unit(request) => serve_unit(&agent, &mut connection, request).await,
+        Request::Unit(request) => {
+            let build = agent.builds.of(wrapper);
+            serve_unit(&agent, &mut connection, request, build).await
+        }
         Request::Control(control) => serve_control(&agent, &mut connection, control).await,
         _ => Err(io::Error::new(io::ErrorKind::InvalidData, "unexpected message")),
     }
@@ -47,21 +52,27 @@ async fn serve_control(agent: &Arc<Agent>, connection: &mut Connection, control:
     connection.send(&Response::Report(agent.report())).await
 }
 
-async fn serve_unit(agent: &Arc<Agent>, connection: &mut Connection, request: UnitRequest) -> io::Result<()> {
+async fn serve_unit(
+    agent: &Arc<Agent>,
+    connection: &mut Connection,
+    request: UnitRequest,
+    build: Option<Arc<Build>>,
+) -> io::Result<()> {
     let active = Counted::new(&agent.active);
     let is_heard = request.is_heard;
     let primary = request.environment.iter().any(|pair| pair.name == b"CARGO_PRIMARY_PACKAGE");
     let words: Vec<Vec<u8>> = request.arguments.iter().map(|word| word.to_vec()).collect();
     let mut launcher = None;
-    match connection.while_working(decide(agent, request)).await? {
+    match connection.while_working(decide(agent, request, build.as_ref())).await? {
         Decision::Restore(unit, found) => {
-            if !restore(agent, connection, &unit, found).await? {
+            if !restore(agent, connection, &unit, *found).await? {
                 run(connection, words, None, agent).await?;
             }
         }
         Decision::Compile(unit, gate) => {
             let arguments = unit.compiler_arguments(&words);
-            if run(connection, arguments, Some((Arc::clone(&unit), gate)), agent).await? {
+            let recording = Recording { unit: Arc::clone(&unit), gate, build: build.clone() };
+            if run(connection, arguments, Some(recording), agent).await? {
                 launcher = launcher::stage(&unit).map(|staged| (unit, staged));
             }
         }
@@ -72,6 +83,9 @@ async fn serve_unit(agent: &Arc<Agent>, connection: &mut Connection, request: Un
     // The build's end may be the end of this machine.
     if primary && *agent.active.borrow() == 0 {
         let drained = connection.while_working(agent.drain(DRAIN_TIMEOUT)).await?;
+        if let Some(build) = build.filter(|_| drained) {
+            connection.while_working(publish::leave_record(agent, &build)).await?;
+        }
         if !drained {
             agent.notify(format!("gave up waiting for uploads after {} s", DRAIN_TIMEOUT.as_secs()));
         }
@@ -87,12 +101,12 @@ async fn serve_unit(agent: &Arc<Agent>, connection: &mut Connection, request: Un
 }
 
 enum Decision {
-    Restore(Arc<Unit>, Found),
+    Restore(Arc<Unit>, Box<Found>),
     Compile(Arc<Unit>, Option<OwnedMutexGuard<()>>),
     Refuse,
 }
 
-async fn decide(agent: &Arc<Agent>, request: UnitRequest) -> Decision {
+async fn decide(agent: &Arc<Agent>, request: UnitRequest, build: Option<&Arc<Build>>) -> Decision {
     let crate_name = crate_name(&request);
     let unit = {
         let agent = Arc::clone(agent);
@@ -112,8 +126,8 @@ async fn decide(agent: &Arc<Agent>, request: UnitRequest) -> Decision {
         agent.notify(INCREMENTAL_NOTICE.to_owned());
     }
     let gate = agent.gates.pass(&unit.action_key).await;
-    match lookup::find(agent, &unit).await {
-        Some(found) => Decision::Restore(unit, found),
+    match lookup::find(agent, &unit, build).await {
+        Some(found) => Decision::Restore(unit, Box::new(found)),
         None => {
             agent.statistics_of(&unit).misses += 1;
             Decision::Compile(unit, gate)
@@ -136,7 +150,7 @@ async fn restore(agent: &Agent, connection: &mut Connection, unit: &Unit, found:
         Tier::Local => statistics.local_hits += 1,
         Tier::Remote => statistics.remote_hits += 1,
     }
-    statistics.saved_ms += found.saved_ms;
+    statistics.saved_ms += found.result.compile_ms;
     statistics.time_hit(latency_us);
     drop(statistics);
     found.restored.remember(&agent.memo);
@@ -148,26 +162,27 @@ async fn restore(agent: &Agent, connection: &mut Connection, unit: &Unit, found:
 async fn run(
     connection: &mut Connection,
     arguments: Vec<Vec<u8>>,
-    record: Option<(Arc<Unit>, Option<OwnedMutexGuard<()>>)>,
+    recording: Option<Recording>,
     agent: &Arc<Agent>,
 ) -> io::Result<bool> {
-    let record = record.filter(|_| agent.stores());
+    let recording = recording.filter(|_| agent.stores());
     let message = Run {
         arguments: arguments.into_iter().map(Into::into).collect(),
-        record: record.as_ref().map(|(unit, _)| unit.places()),
+        record: recording.as_ref().map(|recording| recording.unit.places()),
     };
     connection.send(&Response::Run(message)).await?;
     let Request::Finished(finished) = connection.receive().await? else {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "unexpected message"));
     };
     let succeeded = finished.succeeded;
-    if let Some((unit, gate)) = record.filter(|_| succeeded) {
-        keep(agent, unit, gate, finished).await;
+    if let Some(recording) = recording.filter(|_| succeeded) {
+        keep(agent, recording, finished).await;
     }
     Ok(succeeded)
 }
 
-async fn keep(agent: &Arc<Agent>, unit: Arc<Unit>, gate: Option<OwnedMutexGuard<()>>, finished: Finished) {
+async fn keep(agent: &Arc<Agent>, recording: Recording, finished: Finished) {
+    let Recording { unit, gate, build } = recording;
     if finished.needs_real_paths {
         publish::count_not_stored(agent, &unit, "needs-real-paths");
         return;
@@ -182,7 +197,7 @@ async fn keep(agent: &Arc<Agent>, unit: Arc<Unit>, gate: Option<OwnedMutexGuard<
     };
     agent.statistics_of(&unit).traced += u64::from(finished.trace.is_some());
     match opening {
-        Ok(Ok(outputs)) => publish::start(agent, Job { unit, finished, outputs, gate }),
+        Ok(Ok(outputs)) => publish::start(agent, Job { unit, finished, outputs, gate, build }),
         Ok(Err(reason)) => publish::count_not_stored(agent, &unit, &reason.to_string()),
         Err(_) => publish::count_not_stored(agent, &unit, "internal"),
     }
@@ -196,6 +211,13 @@ fn crate_name(request: &UnitRequest) -> String {
     }
     let mut words = request.arguments.iter().skip_while(|word| word.as_slice() != b"--crate-name");
     words.nth(1).map(|name| String::from_utf8_lossy(name).into_owned()).unwrap_or_default()
+}
+
+/// A unit that is to be recorded, and what goes with it.
+struct Recording {
+    unit: Arc<Unit>,
+    gate: Option<OwnedMutexGuard<()>>,
+    build: Option<Arc<Build>>,
 }
 
 struct Connection {

@@ -7,7 +7,7 @@ use std::vec;
 use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::header::CONTENT_TYPE;
-use axum::response::IntoResponse;
+use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use cachec_protocol::Digest;
 use cachec_protocol::frame::{Frame, MAGIC};
@@ -25,31 +25,39 @@ pub async fn post(
     State(app): State<App>,
     Reader(namespace): Reader,
     request: Request,
-) -> Result<impl IntoResponse, ApiError> {
+) -> Result<Response, ApiError> {
     let BlobList { digests } = RequestBody::new(&app, request.into_body()).message().await?;
-    let digests = digests.into_iter();
-    let stream = Stream { app, namespace, digests, state: Position::Start };
-    let steps = futures_util::stream::try_unfold(stream, async |mut stream: Stream| {
-        Ok::<_, io::Error>(stream.next().await?.map(|step| (step, stream)))
-    });
-    Ok(([(CONTENT_TYPE, FRAMES)], Body::from_stream(steps)))
+    Ok(Stream::new(app, namespace, vec![Bytes::from_static(&MAGIC)], digests).into_response())
 }
 
-struct Stream {
+/// A stream of frames: what is at hand, then blobs.
+pub(super) struct Stream {
     app: App,
     namespace: Namespace,
+    first: vec::IntoIter<Bytes>,
     digests: vec::IntoIter<Digest>,
     state: Position,
 }
 
 enum Position {
-    Start,
     Between,
     Within(BlobReader),
     Ended,
 }
 
 impl Stream {
+    pub(super) fn new(app: App, namespace: Namespace, first: Vec<Bytes>, digests: Vec<Digest>) -> Self {
+        let (first, digests) = (first.into_iter(), digests.into_iter());
+        Self { app, namespace, first, digests, state: Position::Between }
+    }
+
+    pub(super) fn into_response(self) -> Response {
+        let steps = futures_util::stream::try_unfold(self, async |mut stream: Self| {
+            Ok::<_, io::Error>(stream.next().await?.map(|step| (step, stream)))
+        });
+        ([(CONTENT_TYPE, FRAMES)], Body::from_stream(steps)).into_response()
+    }
+
     /// The next bytes of the stream. An error breaks it off, without an end frame.
     async fn next(&mut self) -> io::Result<Option<Bytes>> {
         let step = self.step().await?;
@@ -58,11 +66,10 @@ impl Stream {
     }
 
     async fn step(&mut self) -> io::Result<Option<Bytes>> {
+        if let Some(bytes) = self.first.next() {
+            return Ok(Some(bytes));
+        }
         match &mut self.state {
-            Position::Start => {
-                self.state = Position::Between;
-                return Ok(Some(Bytes::from_static(&MAGIC)));
-            }
             Position::Within(reader) => {
                 if let Some(chunk) = reader.next_chunk().await? {
                     return Ok(Some(chunk));

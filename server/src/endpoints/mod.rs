@@ -1,6 +1,7 @@
 //! The endpoints, one file each. A handler reads the request, calls the store, and shapes the answer.
 
 pub mod blobs;
+pub mod builds;
 pub mod fetch;
 pub mod lookup;
 pub mod missing;

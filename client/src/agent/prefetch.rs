@@ -1,0 +1,415 @@
+//! What the last such build asked for, fetched before this one asks: a fresh container then waits for the line's
+//! bandwidth alone, and not for a round trip a unit.
+//!
+//! A build is one cargo process. The first unit that is not in the local tier starts one stream from the server:
+//! the manifests of all units of the last build of this workspace with these arguments, then (where there is no
+//! local tier) their packs in the order they were needed. Lookups wait for what is on its way, and ask for the rest.
+//! At a build's end its own record is published, where it differs.
+//!
+//! Invariants: what comes from the stream is checked as any other answer; where the stream ends early, or was wrong
+//! about what is needed, units ask as if there were none. Waiting is bounded by what the compile would take.
+//!
+//! Locks: `Builds` and each build's `State`, leaf mutexes that are not held across an `await`.
+
+use std::collections::{HashMap, HashSet};
+use std::fs;
+use std::io::{self, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use cachec_protocol::codec::Message;
+use cachec_protocol::frame::{Frame, HEADER_BYTES, MAGIC};
+use cachec_protocol::message::{LookupResponse, Manifest, PublishRequest};
+use cachec_protocol::pack::Decompressor;
+use cachec_protocol::{ActionKey, BuildAction, BuildEntry, BuildRecord, Digest, StoredResult, decode};
+use serde::Deserialize;
+use tempfile::SpooledTempFile;
+use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio::sync::watch;
+use tokio_util::io::StreamReader;
+
+use super::Agent;
+use crate::remote::Remote;
+
+/// Longest wait for the first answer; as for a lookup.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// A pack is waited for at least so long, however short its compile was.
+const LEAST_PATIENCE: Duration = Duration::from_secs(1);
+
+/// Compressed bytes that one stream may bring.
+const MAX_STREAM_BYTES: u64 = 1 << 30;
+
+/// A pack up to this size waits in memory, a larger one in a file.
+const SPOOL_BYTES: usize = 64 << 10;
+
+/// All builds that are going on, by their cargo; none for a process that builds no workspace.
+#[derive(Debug, Default)]
+pub(super) struct Builds {
+    known: Mutex<HashMap<Process, Option<Arc<Build>>>>,
+}
+
+/// A process's id and start time.
+type Process = (u32, String);
+
+impl Builds {
+    /// The build that a wrapper belongs to, by the process that has started it.
+    pub(super) fn of(&self, wrapper: Option<i32>) -> Option<Arc<Build>> {
+        let cargo = parent(u32::try_from(wrapper?).ok()?)?;
+        let process = (cargo, start_time(cargo)?);
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(build) = known.get(&process) {
+            return build.clone();
+        }
+        known.retain(|(id, started), _| start_time(*id).as_ref() == Some(started));
+        let build = Build::of_cargo(cargo).map(Arc::new);
+        known.insert(process, build.clone());
+        build
+    }
+}
+
+/// One build; see the module.
+#[derive(Debug)]
+pub(super) struct Build {
+    key: ActionKey,
+    /// Cargo's process id.
+    cargo: u32,
+    progress: watch::Sender<Progress>,
+    state: Mutex<State>,
+}
+
+/// How far the stream is. Changes with every pack that arrives.
+#[derive(Debug, Clone, Copy, Default)]
+struct Progress {
+    started: bool,
+    answered: bool,
+    ended: bool,
+    arrived: u64,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    manifests: HashMap<ActionKey, Manifest>,
+    /// Packs that are on their way, or here.
+    packs: HashMap<Digest, Option<SpooledTempFile>>,
+    /// What the last build has left.
+    last: BuildRecord,
+    /// Units of this build in the order they asked, and what fitted.
+    asked: Vec<(ActionKey, Option<BuildEntry>)>,
+}
+
+/// A pack that may have been announced.
+#[derive(Debug)]
+pub(super) enum Announced {
+    /// Here it is, at its beginning.
+    Here(SpooledTempFile),
+    /// It is not going to come by this way.
+    No,
+    /// It is still on its way, and the compiler would be done by now.
+    Late,
+}
+
+impl Build {
+    /// The build of a cargo process; `None` where it has no workspace with a `Cargo.lock`.
+    fn of_cargo(cargo: u32) -> Option<Self> {
+        let words = fs::read(format!("/proc/{cargo}/cmdline")).ok()?;
+        let directory = fs::read_link(format!("/proc/{cargo}/cwd")).ok()?;
+        let lock =
+            directory.ancestors().map(|directory| directory.join("Cargo.lock")).find(|file| file.is_file());
+        let packages = own_packages(&lock?)?;
+        let arguments: Vec<Vec<u8>> = words
+            .split(|byte| *byte == 0)
+            .skip(1)
+            .filter(|word| !word.is_empty() && !is_presentation(word))
+            .map(<[u8]>::to_vec)
+            .collect();
+        let machine = format!("{} {}", std::env::consts::ARCH, std::env::consts::OS);
+        let key = BuildAction { packages: &packages, arguments: &arguments, machine: &machine }.key();
+        Some(Self { key, cargo, progress: watch::Sender::default(), state: Mutex::default() })
+    }
+
+    /// The last build's manifest of a unit, which is as good as asking for it; `None` where there is none.
+    pub(super) async fn manifest(
+        self: &Arc<Self>,
+        agent: &Arc<Agent>,
+        key: &ActionKey,
+    ) -> Option<Vec<StoredResult>> {
+        self.start(agent);
+        let mut progress = self.progress.subscribe();
+        let answered = progress.wait_for(|progress| progress.answered || progress.ended);
+        let _ = tokio::time::timeout(ANSWER_TIMEOUT, answered).await;
+        Some(self.state().manifests.get(key)?.readable_results().collect())
+    }
+
+    /// A pack, as soon as it is here. Waits no longer than the compile took that it saves.
+    pub(super) async fn pack(&self, digest: &Digest, compile_ms: u64) -> Announced {
+        let mut progress = self.progress.subscribe();
+        let patience = LEAST_PATIENCE.max(Duration::from_millis(compile_ms));
+        let arrived = progress
+            .wait_for(|progress| progress.ended || !matches!(self.state().packs.get(digest), Some(None)));
+        if tokio::time::timeout(patience, arrived).await.is_err() {
+            return Announced::Late;
+        }
+        match self.state().packs.remove(digest) {
+            Some(Some(pack)) => Announced::Here(pack),
+            _ => Announced::No,
+        }
+    }
+
+    /// Notes that a unit asks.
+    pub(super) fn ask(&self, key: ActionKey) {
+        let mut state = self.state();
+        if !state.asked.iter().any(|(known, _)| *known == key) {
+            state.asked.push((key, None));
+        }
+    }
+
+    /// Notes which result was restored or stored for a unit.
+    pub(super) fn fits(&self, result: &StoredResult) {
+        let entry = BuildEntry { action_key: result.action_key, pack: result.pack.map(|pack| pack.digest) };
+        if let Some((_, fitting)) = self.state().asked.iter_mut().find(|(key, _)| *key == result.action_key) {
+            *fitting = Some(entry);
+        }
+    }
+
+    /// What is to be published for the next build; `None` where the last record says the same.
+    pub(super) fn new_record(&self) -> Option<PublishRequest> {
+        let state = self.state();
+        let entries: Vec<BuildEntry> = state.asked.iter().filter_map(|(_, entry)| *entry).collect();
+        if entries.is_empty() || entries.iter().all(|entry| state.last.entries.contains(entry)) {
+            return None;
+        }
+        let record = BuildRecord { entries };
+        record.check().ok()?;
+        Some(PublishRequest { result: record.into_result(self.key), action_fields: Vec::new() })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Starts the stream, the first time.
+    fn start(self: &Arc<Self>, agent: &Arc<Agent>) {
+        let is_first =
+            self.progress.send_if_modified(|progress| !std::mem::replace(&mut progress.started, true));
+        if !is_first {
+            return;
+        }
+        let (build, agent) = (Arc::clone(self), Arc::clone(agent));
+        tokio::spawn(async move {
+            if let Some(remote) = agent.remote.as_ref().filter(|remote| !remote.reads.is_open())
+                && let Err(error) = build.receive(remote, agent.local.is_none()).await
+            {
+                tracing::info!("the last build's stream ended early: {error}");
+            }
+            build.progress.send_modify(|progress| progress.ended = true);
+        });
+    }
+
+    async fn receive(&self, remote: &Remote, with_packs: bool) -> io::Result<()> {
+        let stream = remote.build(&self.key, with_packs).await.map_err(io::Error::other)?;
+        let mut reader = StreamReader::new(Box::pin(stream));
+        let mut magic = [0; MAGIC.len()];
+        reader.read_exact(&mut magic).await?;
+        if magic != MAGIC {
+            return Err(malformed());
+        }
+        let mut received_bytes = 0;
+        loop {
+            let mut header = [0; HEADER_BYTES];
+            reader.read_exact(&mut header).await?;
+            match Frame::from_header(&header).map_err(io::Error::other)? {
+                Frame::Manifests { body_bytes } => self.answer(&mut reader, body_bytes, with_packs).await?,
+                Frame::Blob { digest, body_bytes } => {
+                    received_bytes += body_bytes;
+                    if received_bytes > MAX_STREAM_BYTES || !is_alive(self.cargo) {
+                        return Ok(());
+                    }
+                    let pack = spool(&mut reader, body_bytes).await?;
+                    if let Some(place) = self.state().packs.get_mut(&digest) {
+                        *place = Some(pack);
+                    }
+                }
+                Frame::Absent(digest) => drop(self.state().packs.remove(&digest)),
+                Frame::End => return Ok(()),
+            }
+            self.progress.send_modify(|progress| progress.arrived += 1);
+        }
+    }
+
+    /// Takes the manifests, and the last build's record among them.
+    async fn answer(
+        &self,
+        reader: &mut (impl AsyncRead + Unpin),
+        body_bytes: u64,
+        with_packs: bool,
+    ) -> io::Result<()> {
+        if body_bytes > LookupResponse::LIMIT_BYTES as u64 {
+            return Err(malformed());
+        }
+        let mut compressed = Vec::new();
+        reader.take(body_bytes).read_to_end(&mut compressed).await?;
+        let decoding = tokio::task::spawn_blocking(move || decode_manifests(&compressed));
+        let response = decoding.await.map_err(io::Error::other)??;
+        let mut state = self.state();
+        state.manifests =
+            response.manifests.into_iter().map(|manifest| (manifest.action_key, manifest)).collect();
+        let own = state.manifests.remove(&self.key);
+        let records = own.iter().flat_map(Manifest::readable_results);
+        state.last =
+            records.filter_map(|result| BuildRecord::from_result(&result).ok()).next().unwrap_or_default();
+        if with_packs {
+            let packs: HashSet<Digest> = state.last.entries.iter().filter_map(|entry| entry.pack).collect();
+            state.packs = packs.into_iter().map(|pack| (pack, None)).collect();
+        }
+        drop(state);
+        self.progress.send_modify(|progress| progress.answered = true);
+        Ok(())
+    }
+}
+
+fn malformed() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, "malformed stream")
+}
+
+fn decode_manifests(compressed: &[u8]) -> io::Result<LookupResponse> {
+    let mut content = Decompressor::new(compressed, LookupResponse::LIMIT_BYTES as u64)?;
+    let mut encoded = Vec::new();
+    io::Read::read_to_end(&mut content, &mut encoded)?;
+    decode(&encoded).map_err(io::Error::other)
+}
+
+/// Takes exactly so many bytes to where they wait.
+async fn spool(reader: &mut (impl AsyncRead + Unpin), body_bytes: u64) -> io::Result<SpooledTempFile> {
+    let mut pack = SpooledTempFile::new(SPOOL_BYTES);
+    let mut left_bytes = body_bytes;
+    let mut buffer = vec![0; SPOOL_BYTES];
+    while left_bytes > 0 {
+        let wanted = usize::try_from(left_bytes).unwrap_or(SPOOL_BYTES).min(SPOOL_BYTES);
+        let count = reader.read(&mut buffer[..wanted]).await?;
+        if count == 0 {
+            return Err(io::Error::from(io::ErrorKind::UnexpectedEof));
+        }
+        pack.write_all(&buffer[..count])?;
+        left_bytes -= count as u64;
+    }
+    pack.seek(SeekFrom::Start(0))?;
+    Ok(pack)
+}
+
+/// Names of a `Cargo.lock`'s packages that come from nowhere else: the workspace's own, sorted.
+fn own_packages(lock: &Path) -> Option<Vec<String>> {
+    #[derive(Deserialize)]
+    struct Lock {
+        #[serde(default)]
+        package: Vec<Package>,
+    }
+    #[derive(Deserialize)]
+    struct Package {
+        name: String,
+        source: Option<String>,
+    }
+    let lock: Lock = toml::from_str(&fs::read_to_string(lock).ok()?).ok()?;
+    let own = lock.package.into_iter().filter(|package| package.source.is_none());
+    let mut names: Vec<String> = own.map(|package| package.name).collect();
+    names.sort_unstable();
+    Some(names)
+}
+
+/// Whether one of cargo's arguments only says how it talks, or how much it does at a time.
+fn is_presentation(word: &[u8]) -> bool {
+    let plain =
+        [b"-q".as_slice(), b"-v", b"-vv", b"--quiet", b"--verbose", b"--locked", b"--offline", b"--frozen"];
+    let starts = [b"-j".as_slice(), b"--jobs=", b"--color=", b"--message-format="];
+    plain.contains(&word) || starts.iter().any(|start| word.starts_with(start))
+}
+
+fn is_alive(process: u32) -> bool {
+    PathBuf::from(format!("/proc/{process}")).exists()
+}
+
+fn parent(process: u32) -> Option<u32> {
+    stat_field(process, 4)?.parse().ok()
+}
+
+/// When a process was started; with its id, its name for as long as the machine is up.
+fn start_time(process: u32) -> Option<String> {
+    stat_field(process, 22)
+}
+
+/// A field of `/proc/ID/stat`, counted from 1 as in `man 5 proc`; those behind the name.
+fn stat_field(process: u32, number: usize) -> Option<String> {
+    let text = fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+    let behind_name = &text[text.rfind(')')? + 1..];
+    behind_name.split_ascii_whitespace().nth(number.checked_sub(3)?).map(str::to_owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_has_a_parent_and_a_start_time() {
+        let own = std::process::id();
+        assert_eq!(parent(own), Some(std::os::unix::process::parent_id()));
+        assert!(start_time(own).is_some_and(|time| time.parse::<u64>().is_ok()));
+        assert_eq!(start_time(u32::MAX), None);
+    }
+
+    #[test]
+    fn a_workspaces_own_packages_have_no_source() {
+        let directory = tempfile::tempdir().unwrap();
+        let lock = directory.path().join("Cargo.lock");
+        let text = "version = 4\n[[package]]\nname = \"b\"\nversion = \"1.0.0\"\n[[package]]\nname = \"dep\"\n\
+            version = \"1.0.0\"\nsource = \"registry\"\n[[package]]\nname = \"a\"\nversion = \"1.0.0\"\n";
+        fs::write(&lock, text).unwrap();
+        assert_eq!(own_packages(&lock).unwrap(), ["a", "b"]);
+        fs::write(&lock, "no lock").unwrap();
+        assert!(own_packages(&lock).is_none());
+    }
+
+    fn build() -> Build {
+        let key = ActionKey::from_bytes([9; 32]);
+        Build { key, cargo: std::process::id(), progress: watch::Sender::default(), state: Mutex::default() }
+    }
+
+    fn result(number: u8) -> StoredResult {
+        let record = BuildRecord::default();
+        StoredResult {
+            action_key: ActionKey::from_bytes([number; 32]),
+            ..record.into_result(ActionKey::from_bytes([0; 32]))
+        }
+    }
+
+    #[test]
+    fn a_record_is_left_where_it_says_something_new() {
+        let build = build();
+        assert!(build.new_record().is_none());
+        for number in [1, 2] {
+            build.ask(result(number).action_key);
+        }
+        build.fits(&result(2));
+        let record = BuildRecord::from_result(&build.new_record().unwrap().result).unwrap();
+        assert_eq!(record.entries, [BuildEntry { action_key: result(2).action_key, pack: None }]);
+        build.state().last = record;
+        assert!(build.new_record().is_none());
+        build.fits(&result(1));
+        let record = BuildRecord::from_result(&build.new_record().unwrap().result).unwrap();
+        assert_eq!(record.entries[0].action_key, result(1).action_key);
+    }
+
+    #[tokio::test]
+    async fn a_pack_is_waited_for_no_longer_than_its_compile_takes() {
+        let build = build();
+        let (near, far, unknown) = (Digest::of(b"near"), Digest::of(b"far"), Digest::of(b"unknown"));
+        build.state().packs.insert(near, Some(SpooledTempFile::new(1)));
+        build.state().packs.insert(far, None);
+        assert!(matches!(build.pack(&near, 0).await, Announced::Here(_)));
+        assert!(matches!(build.pack(&near, 0).await, Announced::No));
+        assert!(matches!(build.pack(&unknown, 0).await, Announced::No));
+        assert!(matches!(build.pack(&far, 0).await, Announced::Late));
+        build.progress.send_modify(|progress| progress.ended = true);
+        assert!(matches!(build.pack(&far, 60_000).await, Announced::No));
+    }
+}

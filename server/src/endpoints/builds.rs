@@ -1,0 +1,73 @@
+//! `GET /v1/{namespace}/builds/{build key}`: everything that the last such build asked for, in one stream: the
+//! manifests of all its units, then their packs in the order they were needed.
+
+use std::collections::HashSet;
+
+use axum::extract::{Path, Query, State};
+use axum::response::Response;
+use bytes::Bytes;
+use cachec_protocol::frame::{Frame, MAGIC};
+use cachec_protocol::message::{LookupResponse, Manifest};
+use cachec_protocol::pack::{self, UPLOAD_LEVEL};
+use cachec_protocol::{ActionKey, BuildRecord, encode};
+use serde::Deserialize;
+
+use super::fetch::Stream;
+use crate::access::Reader;
+use crate::app::App;
+use crate::error::ApiError;
+use crate::namespace::Namespace;
+
+/// Longest manifests of one stream, before compression. Of what is over, the last units' are left out; the client
+/// asks for them.
+const MANIFESTS_BYTES: usize = 32 << 20;
+
+/// How the client wants it.
+#[derive(Debug, Deserialize)]
+pub struct Options {
+    /// Whether packs follow; a client with a local tier has most of them.
+    #[serde(default)]
+    packs: bool,
+}
+
+/// Starts the stream.
+pub async fn get(
+    State(app): State<App>,
+    Reader(namespace): Reader,
+    Path((_, build)): Path<(String, String)>,
+    Query(options): Query<Options>,
+) -> Result<Response, ApiError> {
+    let build: ActionKey = build.parse().map_err(|_| ApiError::INVALID_DIGEST)?;
+    let record = newest_record(&app, &namespace, build).await?.ok_or(ApiError::BLOB_NOT_FOUND)?;
+    // The results, their encoding and its compressed form are held at the same time.
+    let memory = app.message_memory(3 * MANIFESTS_BYTES).await?;
+    // The record itself comes first: it tells the client which packs to wait for.
+    let keys = std::iter::once(build).chain(record.entries.iter().map(|entry| entry.action_key)).collect();
+    let manifests = app.store.lookup(namespace.clone(), keys, MANIFESTS_BYTES).await?;
+    let compressed = tokio::task::spawn_blocking(move || compress(manifests))
+        .await
+        .map_err(|_| ApiError::INTERNAL)?
+        .map_err(|_| ApiError::INTERNAL)?;
+    drop(memory);
+    let header = Frame::Manifests { body_bytes: compressed.len() as u64 }.to_header();
+    let first = vec![Bytes::from_static(&MAGIC), Bytes::copy_from_slice(&header), compressed];
+    let mut seen = HashSet::new();
+    let packs = record.entries.iter().filter_map(|entry| entry.pack).filter(|pack| seen.insert(*pack));
+    let packs = if options.packs { packs.collect() } else { Vec::new() };
+    Ok(Stream::new(app, namespace, first, packs).into_response())
+}
+
+/// The record of the last such build that this version can read.
+async fn newest_record(
+    app: &App,
+    namespace: &Namespace,
+    build: ActionKey,
+) -> Result<Option<BuildRecord>, ApiError> {
+    let manifests = app.store.lookup(namespace.clone(), vec![build], MANIFESTS_BYTES).await?;
+    let mut results = manifests.iter().flat_map(Manifest::readable_results);
+    Ok(results.find_map(|result| BuildRecord::from_result(&result).ok()))
+}
+
+fn compress(manifests: Vec<Manifest>) -> std::io::Result<Bytes> {
+    Ok(pack::compress(&encode(&LookupResponse { manifests }), UPLOAD_LEVEL)?.into())
+}
