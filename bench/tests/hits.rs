@@ -72,6 +72,37 @@ fn another_machine_is_served_by_the_server() -> Result<()> {
 }
 
 #[test]
+fn a_fresh_machine_asks_once_and_later_for_what_has_changed() -> Result<()> {
+    let data = tempfile::tempdir()?;
+    let server = Server::start(data.path(), &[])?;
+    let directory = tempfile::tempdir()?;
+    let project = Project::three_crates(&directory.path().join("checkout"))?;
+    let first = Machine::with_server(&server.url)?;
+    // The lock file says which workspace it is, before the first question.
+    assert!(first.cargo(&project.root, &["generate-lockfile"])?.success);
+    let build = |machine: &Machine| -> Result<(Vec<String>, u64)> {
+        project.wipe()?;
+        let before = server.requests()?;
+        let build = machine.cargo(&project.root, &["build"])?;
+        assert!(build.success && build.notices().is_empty(), "{}", build.stderr);
+        Ok((build.compiled, server.requests()? - before))
+    };
+    let fresh = || -> Result<Machine> {
+        Ok(Machine::with_server(&server.url)?.with("RUSTC", first.path("bin/rustc").to_string_lossy()))
+    };
+    assert_eq!(build(&first)?.0, ["app", "leaf", "middle"]);
+    assert_eq!(build(&fresh()?)?, (vec![], 1));
+    // The next commit: its build is told all but what has changed, and tells the next.
+    project.write("app/src/main.rs", "fn main() { println!(\"second {}\", middle::text()); }\n")?;
+    let (compiled, requests) = build(&fresh()?)?;
+    assert_eq!(compiled, ["app"]);
+    assert!(requests <= 5, "{requests} requests");
+    assert_eq!(build(&fresh()?)?, (vec![], 1));
+    assert_eq!(project.run_app()?, "second middle one unset");
+    Ok(())
+}
+
+#[test]
 fn a_moved_checkout_is_restored() -> Result<()> {
     let mut bench = with_local_tier()?;
     bench.build(&[])?;

@@ -16,7 +16,7 @@ use cachec_protocol::frame::{Frame, HEADER_BYTES, MAGIC};
 use cachec_protocol::message::{
     BlobList, LookupRequest, LookupResponse, MAX_MANIFEST_RESULTS, PROTOCOL_HEADER, PROTOCOL_VERSION,
 };
-use cachec_protocol::{ActionKey, Digest, decode, encode};
+use cachec_protocol::{ActionKey, BuildEntry, BuildRecord, Digest, StoredResult, decode, encode};
 use harness::{Blob, MIB, TestServer, result};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -91,21 +91,7 @@ async fn fetch_answers_in_the_order_asked_for_and_ends_with_an_end_frame() {
     let absent = Digest::of(b"absent");
     let digests = vec![large.digest, absent, small.digest, large.digest];
     let response = server.post("/v1/default/fetch", encode(&BlobList { digests })).await;
-    let stream = response.bytes().await.unwrap().to_vec();
-    let (magic, mut rest) = stream.split_at(4);
-    assert_eq!(magic, MAGIC);
-    let mut frames = Vec::new();
-    loop {
-        let (header, body) = rest.split_first_chunk::<HEADER_BYTES>().unwrap();
-        let frame = Frame::from_header(header).unwrap();
-        let length = if let Frame::Blob { body_bytes, .. } = frame { body_bytes as usize } else { 0 };
-        frames.push((frame, body[..length].to_vec()));
-        rest = &body[length..];
-        if frame == Frame::End {
-            break;
-        }
-    }
-    assert!(rest.is_empty());
+    let frames = frames(&response.bytes().await.unwrap());
     let blob = |blob: &Blob| {
         let body_bytes = blob.frames.len() as u64;
         (Frame::Blob { digest: blob.digest, body_bytes }, blob.frames.clone())
@@ -113,6 +99,78 @@ async fn fetch_answers_in_the_order_asked_for_and_ends_with_an_end_frame() {
     let expected =
         [blob(&large), (Frame::Absent(absent), vec![]), blob(&small), blob(&large), (Frame::End, vec![])];
     assert!(frames == expected);
+}
+
+/// The frames of a whole stream, with their bodies.
+fn frames(stream: &[u8]) -> Vec<(Frame, Vec<u8>)> {
+    let (magic, mut rest) = stream.split_at(4);
+    assert_eq!(magic, MAGIC);
+    let mut frames = Vec::new();
+    while frames.last().is_none_or(|(frame, _)| *frame != Frame::End) {
+        let (header, body) = rest.split_first_chunk::<HEADER_BYTES>().unwrap();
+        let frame = Frame::from_header(header).unwrap();
+        let length = match frame {
+            Frame::Blob { body_bytes, .. } | Frame::Manifests { body_bytes } => body_bytes as usize,
+            _ => 0,
+        };
+        frames.push((frame, body[..length].to_vec()));
+        rest = &body[length..];
+    }
+    assert!(rest.is_empty());
+    frames
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_builds_stream_has_its_manifests_and_then_its_packs() {
+    let server = TestServer::start().await;
+    let (one, two) = (Blob::noise(1, 50_000), Blob::noise(2, 100));
+    let results = [result(1, 1, Some(one.digest)), result(2, 1, None), result(3, 1, Some(two.digest))];
+    server.put(&one).await;
+    server.put(&two).await;
+    for result in &results {
+        assert_eq!(server.publish(result).await, 201);
+    }
+    let build = ActionKey::from_bytes([9; 32]);
+    let path = |packs: &str| server.url(&format!("/v1/default/builds/{build}{packs}"));
+    assert_eq!(server.client.get(path("")).send().await.unwrap().status(), 404);
+    // A record of another shape, an older record, and the newest, which names one unit that is gone.
+    let gone = result(4, 1, Some(Digest::of(b"gone")));
+    let entry = |result: &StoredResult| BuildEntry {
+        action_key: result.action_key,
+        pack: result.pack.map(|pack| pack.digest),
+    };
+    let record = |results: &[&StoredResult]| BuildRecord {
+        entries: results.iter().map(|result| entry(result)).collect(),
+    };
+    let newest = record(&[&results[2], &gone, &results[1], &results[0], &results[2]]);
+    for record in [record(&[&results[0]]), newest] {
+        assert_eq!(server.publish(&record.into_result(build)).await, 201);
+    }
+    let mut foreign = record(&[]).into_result(build);
+    foreign.stdout = b"of another version".to_vec();
+    foreign.input_set = results[0].input_set.clone();
+    assert_eq!(server.publish(&foreign).await, 201);
+    let stream = server.client.get(path("?packs=true")).send().await.unwrap().bytes().await.unwrap();
+    let received = frames(&stream);
+    let names: Vec<Option<Digest>> = received[1..]
+        .iter()
+        .map(|(frame, _)| match frame {
+            Frame::Blob { digest, .. } => Some(*digest),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(names, [Some(two.digest), None, Some(one.digest), None]);
+    assert_eq!(received[2].0, Frame::Absent(Digest::of(b"gone")));
+    assert!(received[3].1 == one.frames);
+    let mut encoded = Vec::new();
+    zstd::Decoder::new(received[0].1.as_slice()).unwrap().read_to_end(&mut encoded).unwrap();
+    let manifests = decode::<LookupResponse>(&encoded).unwrap().manifests;
+    let keys: Vec<u8> = manifests.iter().map(|manifest| manifest.action_key.as_bytes()[0]).collect();
+    assert_eq!(keys, [9, 3, 2, 1, 3]);
+    let without_packs = server.client.get(path("")).send().await.unwrap().bytes().await.unwrap();
+    assert_eq!(frames(&without_packs).len(), 2);
+    let malformed = server.client.get(server.url("/v1/default/builds/x")).send().await.unwrap();
+    assert_eq!(malformed.status(), 400);
 }
 
 #[tokio::test(flavor = "multi_thread")]

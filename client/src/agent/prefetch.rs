@@ -44,10 +44,10 @@ const MAX_STREAM_BYTES: u64 = 1 << 30;
 /// A pack up to this size waits in memory, a larger one in a file.
 const SPOOL_BYTES: usize = 64 << 10;
 
-/// All builds that are going on, by their cargo; none for a process that builds no workspace.
+/// All builds that are going on, by their cargo.
 #[derive(Debug, Default)]
 pub(super) struct Builds {
-    known: Mutex<HashMap<Process, Option<Arc<Build>>>>,
+    known: Mutex<HashMap<Process, Arc<Build>>>,
 }
 
 /// A process's id and start time.
@@ -60,12 +60,13 @@ impl Builds {
         let process = (cargo, start_time(cargo)?);
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(build) = known.get(&process) {
-            return build.clone();
+            return Some(Arc::clone(build));
         }
         known.retain(|(id, started), _| start_time(*id).as_ref() == Some(started));
-        let build = Build::of_cargo(cargo).map(Arc::new);
-        known.insert(process, build.clone());
-        build
+        // Cargo may ask the compiler something before it has written a lock file.
+        let build = Arc::new(Build::of_cargo(cargo)?);
+        known.insert(process, Arc::clone(&build));
+        Some(build)
     }
 }
 
