@@ -128,7 +128,7 @@ impl Machine {
         let text = format!(
             "#!/bin/sh\nprevious=\nnoted={PROBE}\nfor word in \"$@\"; do\n  \
              [ \"$previous\" = --crate-name ] && [ \"$word\" != ___ ] && noted=$word\n  \
-             previous=$word\ndone\necho \"$noted\" >> \"$COMPILED\"\nexec {} \"$@\"\n",
+             previous=$word\ndone\necho \"$noted\" >> \"$HOME/../compiled\"\nexec {} \"$@\"\n",
             compiler.display(),
         );
         write_script(&self.path("bin/rustc"), &text)
@@ -146,7 +146,8 @@ impl Machine {
             let found =
                 std::env::split_paths(&path).map(|directory| directory.join(tool)).find(|path| path.exists());
             let Some(real) = found else { continue };
-            let text = format!("#!/bin/sh\necho {TOOL} >> \"$COMPILED\"\nexec {} \"$@\"\n", real.display());
+            let text =
+                format!("#!/bin/sh\necho {TOOL} >> \"$HOME/../compiled\"\nexec {} \"$@\"\n", real.display());
             write_script(&directory.join(tool), &text)?;
         }
         self.set("PATH", format!("{}:{path}", directory.display()));

@@ -114,6 +114,19 @@ fn another_compiler_that_says_it_is_the_same() -> Result<()> {
     case.prove_key(set, run_app, ["false", "true"])
 }
 
+#[test]
+fn a_variable_that_a_compiler_script_reads() -> Result<()> {
+    let case = Case::new("fn main() { println!(\"{}\", cfg!(other_compiler)); }", &[])?;
+    let script = case.machine.path("bin/rustc");
+    let text = fs::read_to_string(&script)?;
+    fs::write(&script, text.replace("\"$@\"\n", "\"$@\" ${OTHER_COMPILER:+--cfg=other_compiler}\n"))?;
+    let set = |case: &mut Case, changed: bool| {
+        case.machine.set("OTHER_COMPILER", if changed { "1" } else { "" });
+        Ok(())
+    };
+    case.prove_key(set, run_app, ["false", "true"])
+}
+
 /// Compiles a library through the wrapper alone: cargo tells the compiles below apart by itself. Returns the library.
 fn compile(case: &Case, source: &str, flags: &[&str]) -> Result<Vec<u8>> {
     let root = &case.project.root;

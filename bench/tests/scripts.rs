@@ -328,12 +328,83 @@ fn compiling_for_this_cpu_makes_it_an_input() -> Result<()> {
 }
 
 #[test]
+fn what_lies_beside_a_checkout_is_not_taken_from_another() -> Result<()> {
+    let read = "fs::read_to_string(\"../../VERSION\").unwrap_or(\"none\".into())";
+    let parent = "fs::read_to_string(PathBuf::from(env::var(\"CARGO_MANIFEST_DIR\").unwrap()).parent().unwrap().parent().unwrap().join(\"VERSION\")).unwrap_or(\"none\".into())";
+    let printed = "PathBuf::from(env::var(\"CARGO_MANIFEST_DIR\").unwrap()).parent().unwrap().parent().unwrap().display().to_string()";
+    for text in [read, parent, printed] {
+        let case = Case::new(PRINT_TEXT, &format!("fs::write(out.join(\"text.txt\"), {text}).unwrap();"))?;
+        let other = case.project.copy_to(&case.directory.path().join("other/checkout"))?;
+        fs::write(case.directory.path().join("VERSION"), "first")?;
+        for (version, runs) in
+            [(None, true), (Some("second"), true), (Some("second"), false), (Some("third"), true)]
+        {
+            assert!(case.runs()? || version.is_some());
+            let own = case.project.run_app()?;
+            if let Some(version) = version {
+                fs::write(case.directory.path().join("other/VERSION"), version)?;
+            }
+            other.wipe()?;
+            let build = case.machine.cargo(&other.root, &["build"])?;
+            assert!(build.success, "{}", build.stderr);
+            case.machine.cachec(&other.root, &["flush"])?;
+            if text == printed {
+                assert_eq!(other.run_app()?, case.directory.path().join("other").to_string_lossy());
+                continue;
+            }
+            assert_eq!(
+                (was_run(&build), other.run_app()?.as_str()),
+                (runs, version.unwrap_or("none")),
+                "{text}"
+            );
+            assert_eq!(own, "first");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn what_is_written_into_a_package_below_the_temporary_directory_is_no_temporary_file() -> Result<()> {
+    let mut case = Case::new(
+        "mod made;\nfn main() { println!(\"{}\", made::TEXT); }",
+        "fs::write(\"src/made.rs\", \"pub const TEXT: &str = \\\"made\\\";\").unwrap();",
+    )?;
+    case.machine.set("TMPDIR", case.directory.path().to_string_lossy());
+    assert!(case.runs()?);
+    fs::remove_file(case.project.root.join("app/src/made.rs"))?;
+    assert!(case.runs()?);
+    assert_eq!(case.project.run_app()?, "made");
+    Ok(())
+}
+
+#[test]
+fn whether_a_copied_file_may_be_executed_counts() -> Result<()> {
+    let script = "fs::copy(\"tool.sh\", out.join(\"tool.sh\")).unwrap();\n\
+        let ran = Command::new(out.join(\"tool.sh\")).status().is_ok();\n\
+        fs::write(out.join(\"text.txt\"), ran.to_string()).unwrap();";
+    let case = Case::new(PRINT_TEXT, script)?;
+    case.project.write("app/tool.sh", "#!/bin/sh\n")?;
+    assert!(case.runs()? && !case.runs()?);
+    assert_eq!(case.project.run_app()?, "false");
+    use std::os::unix::fs::PermissionsExt;
+    fs::set_permissions(case.project.root.join("app/tool.sh"), fs::Permissions::from_mode(0o755))?;
+    assert!(case.runs()?);
+    assert_eq!(case.project.run_app()?, "true");
+    Ok(())
+}
+
+#[test]
 fn directories_links_and_modes_are_restored() -> Result<()> {
     let script = "fs::create_dir_all(out.join(\"a/empty\")).unwrap();\n\
         fs::write(out.join(\"a/tool\"), \"#!/bin/sh\\necho tool\\n\").unwrap();\n\
         use std::os::unix::fs::PermissionsExt;\n\
         fs::set_permissions(out.join(\"a/tool\"), fs::Permissions::from_mode(0o755)).unwrap();\n\
         fs::write(out.join(\"a/-dash\"), [0, 159, 146, 150]).unwrap();\n\
+        fs::write(out.join(\"secret\"), \"x\").unwrap();\n\
+        fs::set_permissions(out.join(\"secret\"), fs::Permissions::from_mode(0o600)).unwrap();\n\
+        fs::create_dir(out.join(\"b\")).unwrap();\n\
+        fs::write(out.join(\"b/x\"), out.to_str().unwrap()).unwrap();\n\
+        fs::set_permissions(out.join(\"b\"), fs::Permissions::from_mode(0o555)).unwrap();\n\
         std::os::unix::fs::symlink(\"a/tool\", out.join(\"link\")).unwrap();\n\
         fs::write(out.join(\"text.txt\"), fs::read_to_string(out.join(\"link\")).unwrap()).unwrap();";
     let case = Case::new(PRINT_TEXT, script)?;

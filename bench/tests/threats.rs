@@ -19,6 +19,21 @@ fn a_proc_macro_that_reads_a_file() -> Result<()> {
 }
 
 #[test]
+fn a_source_beside_another_checkout() -> Result<()> {
+    let case = Case::new("fn main() { println!(\"{}\", include_str!(\"../../../VERSION\")); }", &[])?;
+    fs::write(case.outside("VERSION"), "first")?;
+    case.build()?;
+    let other = case.project.copy_to(&case.outside("other/checkout"))?;
+    for version in ["second", "third"] {
+        fs::write(case.outside("other/VERSION"), version)?;
+        let build = case.machine.cargo(&other.root, &["build"])?;
+        assert!(build.success, "{}", build.stderr);
+        assert_eq!(other.run_app()?, version);
+    }
+    Ok(())
+}
+
+#[test]
 fn a_proc_macro_that_lists_a_directory() -> Result<()> {
     let body = "let mut names: Vec<_> = std::fs::read_dir(\"app/migrations\").unwrap()\
         .map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect(); names.sort(); names.join(\" \")";

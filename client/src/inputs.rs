@@ -9,7 +9,7 @@
 use std::ffi::OsStr;
 use std::fs;
 use std::io;
-use std::os::unix::ffi::OsStrExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -68,6 +68,11 @@ pub(crate) fn from_trace(
             Seen::NotExecutable => gatherer.input(InputKind::Mode, &access.path, Some(mode_digest(false)))?,
         });
     }
+    if unit.script().is_some() {
+        // Copies of a file may be executed where it may, and sources are marked so by git.
+        let modes: Vec<Input> = inputs.iter().filter_map(|input| file_mode(unit, input)).collect();
+        inputs.extend(modes);
+    }
     if trace.looks_at_cpu {
         let digest = Some(cpu_identity().ok_or(NotStorable::UnreadableInput)?);
         inputs.push(Input { kind: InputKind::Cpu, name: Vec::new(), digest });
@@ -75,6 +80,15 @@ pub(crate) fn from_trace(
     gatherer.searched_programs(trace, &mut inputs);
     gatherer.in_sources(dep_info, &mut inputs)?;
     Ok(inputs)
+}
+
+/// Whether a file in one of the roots may be executed, as an input.
+fn file_mode(unit: &Unit, input: &Input) -> Option<Input> {
+    let is_in_a_root = input.kind == InputKind::File && input.name.starts_with(&[0]);
+    let path = is_in_a_root.then(|| unit.roots.expand(&input.name).ok())??;
+    let mode = fs::metadata(OsStr::from_bytes(&path)).ok()?.mode();
+    let digest = Some(mode_digest(mode & 0o111 != 0));
+    Some(Input { kind: InputKind::Mode, name: input.name.clone(), digest })
 }
 
 /// What a run reads that is no input of its result:
@@ -304,6 +318,87 @@ pub(crate) fn declared_variables(unit: &Unit, names: &[Vec<u8>]) -> Result<Vec<I
     names.iter().map(input).collect()
 }
 
+/// Directories of the system, which nobody reaches by going up from a checkout.
+const SYSTEM_DIRECTORIES: [&str; 13] = [
+    "/etc",
+    "/usr/bin",
+    "/usr/include",
+    "/usr/lib",
+    "/usr/lib32",
+    "/usr/lib64",
+    "/usr/libexec",
+    "/usr/local/bin",
+    "/usr/local/include",
+    "/usr/local/lib",
+    "/usr/local/share",
+    "/usr/sbin",
+    "/usr/share",
+];
+
+/// The inputs that bind a result to the places of roots that it has looked beside: from another place, the same way
+/// (`../VERSION`, or one made of the root's own path) leads to another file.
+pub(crate) fn beside_roots(unit: &Unit, inputs: &[Input]) -> Vec<Input> {
+    let of_files = [
+        InputKind::File,
+        InputKind::Absent,
+        InputKind::Directory,
+        InputKind::Link,
+        InputKind::Listing,
+        InputKind::Mode,
+    ];
+    let movable = [Root::Workspace, Root::Target, Root::CargoHome];
+    let mut bindings = Vec::new();
+    for input in inputs.iter().filter(|input| of_files.contains(&input.kind)) {
+        let Some(path) =
+            unit.roots.expand(&input.name).ok().map(|path| PathBuf::from(OsStr::from_bytes(&path)))
+        else {
+            continue;
+        };
+        for root in movable {
+            let Some(place) = unit.roots.path(root).map(|place| Path::new(OsStr::from_bytes(place))) else {
+                continue;
+            };
+            let is_in_a_root = unit
+                .roots
+                .iter()
+                .any(|(known, place)| known != Root::Home && path.starts_with(OsStr::from_bytes(place)));
+            if !is_in_a_root && is_beside(unit, &path, place) {
+                bindings.extend(place_input(unit, root, &path));
+            }
+        }
+    }
+    bindings.sort_unstable();
+    bindings.dedup();
+    bindings
+}
+
+/// Whether a path and a root have more in common than the top of the file system, and the path is not known by a
+/// name of its own.
+fn is_beside(unit: &Unit, path: &Path, place: &Path) -> bool {
+    let top = path.ancestors().find(|ancestor| place.starts_with(ancestor)).unwrap_or(Path::new("/"));
+    let temporary = unit.temporary_directory();
+    let is_temporary = path.starts_with(&temporary) && !place.starts_with(&temporary);
+    let is_system = SYSTEM_DIRECTORIES
+        .iter()
+        .any(|directory| path.starts_with(directory) && !place.starts_with(directory));
+    // Directories around the root are there wherever it is.
+    top != Path::new("/") && top != path && !is_system && !is_temporary && !unit.names_path(path, top)
+}
+
+/// Binds a result to a root's place: its path, or where both are below the home directory, its path from there.
+fn place_input(unit: &Unit, root: Root, path: &Path) -> Option<Input> {
+    let place = unit.roots.path(root)?;
+    let home = unit.roots.path(Root::Home).map(|home| Path::new(OsStr::from_bytes(home)));
+    match home.filter(|home| path.starts_with(home)) {
+        Some(home) => {
+            let from_home = Path::new(OsStr::from_bytes(place)).strip_prefix(home).ok()?;
+            let digest = Some(Digest::of(from_home.as_os_str().as_bytes()));
+            Some(Input { kind: InputKind::Place, name: root.name().into(), digest })
+        }
+        None => root_input(unit, root),
+    }
+}
+
 /// Which of some roots the files of an input set name by their literal paths: where those come from there, they do
 /// not mean the root.
 pub(crate) fn named_in_files(unit: &Unit, inputs: &[Input], roots: &[Root]) -> Vec<Root> {
@@ -311,9 +406,16 @@ pub(crate) fn named_in_files(unit: &Unit, inputs: &[Input], roots: &[Root]) -> V
     if roots.is_empty() {
         return named;
     }
-    for input in inputs.iter().filter(|input| input.kind == InputKind::File) {
+    for input in inputs {
         let Ok(path) = unit.roots.expand(&input.name) else { continue };
-        let text = fs::read(OsStr::from_bytes(&path)).unwrap_or_default();
+        let path = OsStr::from_bytes(&path);
+        let text = match input.kind {
+            InputKind::File => fs::read(path).unwrap_or_default(),
+            InputKind::Link => {
+                fs::read_link(path).map(|link| link.into_os_string().into_vec()).unwrap_or_default()
+            }
+            _ => continue,
+        };
         // A program holds paths for other reasons.
         let is_program = text.starts_with(b"\x7fELF");
         let present =
@@ -370,6 +472,10 @@ fn present_digest(unit: &Unit, input: &Input, memo: &Memo) -> Option<Option<Dige
         }
         InputKind::Root => Some(Some(Digest::of(unit.roots.path(Root::from_name(&input.name)?)?))),
         InputKind::Cpu => Some(Some(cpu_identity()?)),
+        InputKind::Place => {
+            let home = PathBuf::from(OsStr::from_bytes(unit.roots.path(Root::Home)?));
+            place_input(unit, Root::from_name(&input.name)?, &home).map(|present| present.digest)
+        }
     }
 }
 

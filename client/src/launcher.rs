@@ -19,7 +19,7 @@ pub(crate) fn kept_name(crate_name: &str) -> String {
     format!("{crate_name}.cachec")
 }
 
-/// The program that this process was started in the place of, if it was.
+/// The program that this process was started in the place of, if it was; its usual path where it is missing.
 pub(crate) fn launched(arguments: &[OsString]) -> Option<PathBuf> {
     let own = std::env::current_exe().ok()?;
     let name = own.file_name()?.to_str()?;
@@ -30,8 +30,9 @@ pub(crate) fn launched(arguments: &[OsString]) -> Option<PathBuf> {
     }
     // Under the name that cargo gives it, or under the compiler's: crate name and hash.
     let names = [Some(name), name.rsplit_once('-').map(|(crate_name, _)| crate_name)];
-    let kept = names.into_iter().flatten().map(|name| own.with_file_name(kept_name(&name.replace('-', "_"))));
-    kept.into_iter().find(|path| path.is_file())
+    let kept = |name: &str| own.with_file_name(kept_name(&name.replace('-', "_")));
+    let found = names.into_iter().flatten().map(kept).find(|path| path.is_file());
+    Some(found.unwrap_or_else(|| kept(name)))
 }
 
 /// Runs the program, or restores what it would leave.

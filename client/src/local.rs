@@ -274,6 +274,7 @@ mod tests {
                 executable: false,
                 digest,
                 size_bytes: content.len() as u64,
+                permissions: None,
             }],
             stdout: vec![],
             stderr: vec![],

@@ -108,17 +108,27 @@ impl Script {
             Ok((digest, fs::read(&self.program)?))
         };
         let (digest, text) = read().map_err(|_| Refusal::Program)?;
-        let loaded = loaded_part(&text);
-        let mut named: Vec<String> = environment
-            .iter()
-            .filter_map(|(name, _)| std::str::from_utf8(name).ok())
-            .filter(|name| is_undeclared(name) && name.len() > 1)
-            .filter(|name| memchr::memmem::find(loaded, name.as_bytes()).is_some())
-            .map(str::to_owned)
-            .collect();
-        named.sort_unstable();
+        let named = named_variables(loaded_part(&text), environment, is_undeclared);
         Ok((digest, named))
     }
+}
+
+/// The variables of an environment that no rule declares, and whose names a text has; sorted.
+pub(crate) fn named_variables(
+    text: &[u8],
+    environment: &[(Vec<u8>, Vec<u8>)],
+    is_undeclared: impl Fn(&str) -> bool,
+) -> Vec<String> {
+    let mut named: Vec<String> = environment
+        .iter()
+        .filter_map(|(name, _)| std::str::from_utf8(name).ok())
+        // The shell's name for the last word of a command.
+        .filter(|name| is_undeclared(name) && *name != "_")
+        .filter(|name| memchr::memmem::find(text, name.as_bytes()).is_some())
+        .map(str::to_owned)
+        .collect();
+    named.sort_unstable();
+    named
 }
 
 /// What of a program's file is there when it runs: all up to the last loaded segment's end; debug information lies
@@ -153,23 +163,62 @@ impl Directives {
     }
 }
 
-/// Checks that the time of a run does not show in a text: today's date, or the seconds since the epoch.
+/// How programs write dates.
+const DATE_FORMATS: [&str; 9] = [
+    "%Y-%m-%d",
+    "%Y%m%d",
+    "%Y/%m/%d",
+    "%d.%m.%Y",
+    "%d/%m/%Y",
+    "%m/%d/%Y",
+    "%d %b %Y",
+    "%b %d %Y",
+    "%b %d, %Y",
+];
+
+/// Somewhere on earth it is that much earlier or later.
+const MOST_OFFSET_SECONDS: i64 = 14 * 3600;
+
+/// Checks that the time of a run does not show in a text: today's date, or the time since the epoch.
 ///
 /// # Errors
 /// Where it does: the script means to say when it ran.
 pub(crate) fn check_clock(text: &[u8], started_ns: i64) -> Result<(), NotStorable> {
-    let (started, now) = (started_ns / 1_000_000_000, memo::now_ns() / 1_000_000_000);
+    let now_ns = memo::now_ns();
+    // Seconds, milliseconds, microseconds and nanoseconds have so many digits.
     let is_now = |number: &[u8]| {
+        let unit_ns = match number.len() {
+            10 => 1_000_000_000,
+            13 => 1_000_000,
+            16 => 1_000,
+            19 => 1,
+            _ => return false,
+        };
         let number = std::str::from_utf8(number).ok().and_then(|digits| digits.parse::<i64>().ok());
-        number.is_some_and(|number| (started - 1..=now + 1).contains(&number))
+        let range = (started_ns - 1_000_000_000) / unit_ns..=(now_ns + 1_000_000_000) / unit_ns;
+        number.is_some_and(|number| range.contains(&number))
     };
-    let mut numbers = text.split(|byte| !byte.is_ascii_digit()).filter(|digits| digits.len() == 10);
-    let shows_date = |second: i64| {
-        let time = Timestamp::from_second(second).map(|time| time.to_string()).unwrap_or_default();
-        let date = time.split('T').next().unwrap_or_default();
-        !date.is_empty() && memchr::memmem::find(text, date.as_bytes()).is_some()
+    let (started, now) = (started_ns / 1_000_000_000, now_ns / 1_000_000_000);
+    let moments = [started - MOST_OFFSET_SECONDS, started, now, now + MOST_OFFSET_SECONDS];
+    let shows = |moment: &i64| {
+        let Ok(moment) = Timestamp::from_second(*moment) else { return false };
+        DATE_FORMATS.iter().any(|format| {
+            // A day of one digit may be written with a space before it, or with nothing.
+            let date = moment.strftime(format).to_string();
+            let spaced = date.replace(" 0", "  ");
+            let short = date.replace(" 0", " ");
+            [date, spaced, short].iter().any(|date| memchr::memmem::find(text, date.as_bytes()).is_some())
+        })
     };
-    if numbers.any(is_now) || shows_date(started) || shows_date(now) {
+    let shows_year_last = |moment: &i64| {
+        // As `date` and C's `ctime` write it: Sat Nov 21 10:30:00 2026.
+        let Ok(moment) = Timestamp::from_second(*moment) else { return false };
+        let day = moment.strftime("%a %b %e ").to_string();
+        memchr::memmem::find(text, day.as_bytes()).is_some()
+    };
+    if text.split(|byte| !byte.is_ascii_digit()).any(is_now)
+        || moments.iter().any(|moment| shows(moment) || shows_year_last(moment))
+    {
         return Err(NotStorable::Observed("clock".to_owned()));
     }
     Ok(())
@@ -193,9 +242,17 @@ mod tests {
         let started_ns = memo::now_ns();
         let second = started_ns / 1_000_000_000;
         let date = Timestamp::from_second(second).unwrap().strftime("%Y-%m-%d").to_string();
-        for text in
-            [format!("cargo:rustc-env=TIME={second}"), format!("const BUILT: &str = \"{date} 10:00\";")]
-        {
+        let written = |format: &str| Timestamp::from_second(second).unwrap().strftime(format).to_string();
+        let texts = [
+            format!("cargo:rustc-env=TIME={second}"),
+            format!("cargo:rustc-env=TIME={}", second * 1000 + 7),
+            format!("const BUILT: &str = \"{date} 10:00\";"),
+            written("%a, %d %b %Y %H:%M:%S GMT"),
+            written("%a %b %e %H:%M:%S %Y"),
+            written("%Y%m%d%H%M%S"),
+            written("%d.%m.%Y"),
+        ];
+        for text in texts {
             assert!(check_clock(text.as_bytes(), started_ns).is_err(), "{text}");
         }
         for text in ["1234567890", "2020-02-02", "cargo:rustc-cfg=a", ""] {

@@ -21,6 +21,8 @@ use crate::memo::{Identity, Memo};
 const IDENTITY_CONTEXT: &str = "cachec 2026-11 toolchain identity v1";
 /// Left by rustup beside the components it installs.
 const CHANNEL_MANIFEST: &str = "lib/rustlib/multirust-channel-manifest.toml";
+/// No script is longer.
+const MAX_SCRIPT_BYTES: u64 = 1 << 20;
 /// How deep below `lib/rustlib` the standard libraries and their backends are.
 const MAX_DEPTH: usize = 5;
 
@@ -29,8 +31,8 @@ const MAX_DEPTH: usize = 5;
 pub(crate) struct Toolchain {
     pub(crate) identity: Digest,
     pub(crate) sysroot: PathBuf,
-    /// Whether the compiler is a script, which may read anything.
-    pub(crate) is_script: bool,
+    /// The compiler's text, where it is a script, which may read anything.
+    pub(crate) script: Option<Vec<u8>>,
 }
 
 /// Everything that decides which compiler a name means.
@@ -128,7 +130,7 @@ impl Toolchains {
         let sysroot = query.sysroot(&executable)?;
         let witnesses = self::witnesses(&executable, &sysroot);
         let identity = identity_of(&executable, &sysroot, memo)?;
-        let toolchain = Arc::new(Toolchain { identity, sysroot, is_script: is_script(&executable)? });
+        let toolchain = Arc::new(Toolchain { identity, sysroot, script: script_text(&executable)? });
         self.lock().insert(query.clone(), (witnesses, Arc::clone(&toolchain)));
         Ok(toolchain)
     }
@@ -168,11 +170,11 @@ fn identity_of(executable: &Path, sysroot: &Path, memo: &Memo) -> io::Result<Dig
     Ok(fields.digest(IDENTITY_CONTEXT).into())
 }
 
-fn is_script(executable: &Path) -> io::Result<bool> {
+fn script_text(executable: &Path) -> io::Result<Option<Vec<u8>>> {
     use std::io::Read;
-    let mut start = Vec::new();
-    fs::File::open(executable)?.take(2).read_to_end(&mut start)?;
-    Ok(start == b"#!")
+    let mut text = Vec::new();
+    fs::File::open(executable)?.take(MAX_SCRIPT_BYTES).read_to_end(&mut text)?;
+    Ok(text.starts_with(b"#!").then_some(text))
 }
 
 fn push_content(fields: &mut Fields, path: &Path, memo: &Memo) -> io::Result<()> {

@@ -12,8 +12,8 @@ use crate::config::{Config, PathMode};
 use crate::invocation::{Invocation, Refusal, is_probe};
 use crate::ipc::UnitRequest;
 use crate::memo::Memo;
-use crate::script::Script;
-use crate::toolchain::{QUERY_VARIABLES, Query, Toolchains};
+use crate::script::{self, Script};
+use crate::toolchain::{QUERY_VARIABLES, Query, Toolchain, Toolchains};
 use crate::tracer::Places;
 
 /// Directory that roots are remapped to in outputs: a root `cargo` is `REMAPPED/cargo` there.
@@ -37,6 +37,8 @@ pub(crate) struct Unit {
     pub(crate) working_directory: PathBuf,
     /// Names and values.
     environment: Vec<(Vec<u8>, Vec<u8>)>,
+    /// As cargo names it.
+    compiler: Vec<u8>,
     pub(crate) roots: Roots,
     /// The toolchain's directory, by every name it is known under.
     pub(crate) sysroots: Vec<PathBuf>,
@@ -81,7 +83,7 @@ impl Unit {
             _ => request.compiler.clone(),
         };
         let query = Query {
-            compiler,
+            compiler: compiler.clone(),
             working_directory: working_directory.clone(),
             variables: environment
                 .iter()
@@ -96,16 +98,17 @@ impl Unit {
             find_roots(&task, &working_directory, &environment, &toolchain.sysroot)
         };
         let plain = Described { words: &words, request, environment: &environment, config, roots: &roots };
-        let (action_key, action_fields) = plain.action(&task, toolchain.identity, memo)?;
+        let (action_key, action_fields) = plain.action(&task, &toolchain, memo)?;
         let real_sysroot = fs::canonicalize(&toolchain.sysroot).ok();
         Ok(Self {
-            needs_trace: toolchain.is_script || task.invocation().is_none_or(Invocation::needs_trace),
+            needs_trace: toolchain.script.is_some() || task.invocation().is_none_or(Invocation::needs_trace),
             is_primary: variable(&environment, "CARGO_PRIMARY_PACKAGE").is_some(),
             umask: request.umask,
             sysroots: real_sysroot.into_iter().chain([toolchain.sysroot.clone()]).collect(),
             task,
             working_directory,
             environment,
+            compiler,
             roots,
             action_key,
             action_fields,
@@ -210,6 +213,33 @@ impl Unit {
         std::env::split_paths(path).filter(|directory| directory.is_absolute()).collect()
     }
 
+    /// Whether a path lies in the package, its workspace, the target directory or another root: what is left there
+    /// is no temporary file, wherever that is.
+    pub(crate) fn holds(&self, path: &Path) -> bool {
+        let roots = self.roots.iter().map(|(_, root)| PathBuf::from(OsStr::from_bytes(root)));
+        let script = self.script().into_iter().flat_map(|script| {
+            let target = script.target_directory().map(Path::to_owned);
+            [Some(script.workspace.clone()), target].into_iter().flatten()
+        });
+        roots
+            .chain(script)
+            .chain([self.working_directory.clone()])
+            .any(|directory| path.starts_with(directory))
+    }
+
+    /// Whether something that is in the action key names a path, or a directory around it that is below `top`.
+    pub(crate) fn names_path(&self, path: &Path, top: &Path) -> bool {
+        let fields = self.action_fields.entries();
+        let around = path.ancestors().take_while(|directory| *directory != top);
+        let mut names = around.map(|directory| directory.as_os_str().as_bytes());
+        let compiler = Path::new(OsStr::from_bytes(&self.compiler));
+        path == compiler
+            || path
+                .parent()
+                .is_some_and(|parent| self.program_directories().iter().any(|known| known == parent))
+            || names.any(|name| fields.iter().any(|field| memchr::memmem::find(&field.value, name).is_some()))
+    }
+
     /// The directory for temporary files.
     pub(crate) fn temporary_directory(&self) -> PathBuf {
         PathBuf::from(OsStr::from_bytes(self.variable(b"TMPDIR").unwrap_or(b"/tmp")))
@@ -270,7 +300,17 @@ struct Described<'a> {
 }
 
 impl Described<'_> {
-    fn action(&self, task: &Task, tool: Digest, memo: &Memo) -> Result<(ActionKey, Fields), Refusal> {
+    fn action(
+        &self,
+        task: &Task,
+        toolchain: &Toolchain,
+        memo: &Memo,
+    ) -> Result<(ActionKey, Fields), Refusal> {
+        let tool = toolchain.identity;
+        // A compiler that is a script may read any variable that it names.
+        let script = toolchain.script.as_deref().unwrap_or_default();
+        let named = script::named_variables(script, self.environment, action::is_undeclared);
+        let listed = [self.config.extra_variables.as_slice(), &named].concat();
         if let Task::Script(script) = task {
             let (program, named) = script.read_program(self.environment, memo)?;
             let fields = ScriptAction {
@@ -278,7 +318,7 @@ impl Described<'_> {
                 tool,
                 working_directory: &self.request.working_directory,
                 environment: self.environment,
-                extra_variables: &[self.config.extra_variables.as_slice(), &named].concat(),
+                extra_variables: &[listed.as_slice(), &named].concat(),
                 roots: self.roots,
             }
             .fields()
@@ -296,7 +336,7 @@ impl Described<'_> {
             arguments: &arguments,
             working_directory: &self.request.working_directory,
             environment: self.environment,
-            extra_variables: &self.config.extra_variables,
+            extra_variables: &listed,
             cpu: if for_this_cpu { Some(cpu_identity().ok_or(Refusal::Toolchain)?) } else { None },
             roots: self.roots,
         }

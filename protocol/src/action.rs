@@ -200,6 +200,12 @@ fn treat<'v>(
     })
 }
 
+/// Whether no row names a variable: it counts only where the user, or the compiler itself, does.
+#[must_use]
+pub fn is_undeclared(name: &str) -> bool {
+    rule(VARIABLE_RULES, name).is_none()
+}
+
 /// The action key of a rustc unit with these fields.
 #[must_use]
 pub fn action_key(fields: &Fields) -> ActionKey {

@@ -56,6 +56,10 @@ pub enum InputKind {
     /// digest that of the CPU's model and features.
     #[n(10)]
     Cpu,
+    /// A file was looked at that lies beside this root, in the same home directory; the digest is that of the
+    /// root's path from there. Who goes up from the root comes by another way to the same place only then.
+    #[n(11)]
+    Place,
 }
 
 /// One observed input.

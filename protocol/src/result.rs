@@ -53,6 +53,9 @@ pub struct Output {
     /// Number of stored bytes.
     #[n(4)]
     pub size_bytes: u64,
+    /// The lowest nine permission bits, where they are not those that the build's mask leaves.
+    #[n(5)]
+    pub permissions: Option<u32>,
 }
 
 /// The blob that holds all outputs, one after the other in the order of [`StoredResult::outputs`].
@@ -156,6 +159,7 @@ mod tests {
             executable: false,
             digest: Digest::of(b"x"),
             size_bytes: 1,
+            permissions: None,
         };
         StoredResult {
             action_key: ActionKey::from_bytes([1; 32]),

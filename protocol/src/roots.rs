@@ -156,6 +156,35 @@ impl Roots {
     }
 }
 
+impl Roots {
+    /// The roots of workspace and target whose parent's path stands in a text, and does not go on into a root's: who
+    /// goes up from a root, and leaves where that led, means the place.
+    #[must_use]
+    pub fn parents_found_in(&self, text: &[u8]) -> Vec<Root> {
+        let stands_alone = |parent: &[u8]| {
+            memmem::find_iter(text, parent).any(|at| {
+                let rest = &text[at..];
+                let ends = rest.get(parent.len()).is_none_or(|byte| *byte == b'/' || !is_name_byte(*byte));
+                ends && !self.iter().any(|(_, path)| path.len() > parent.len() && is_prefix_of(path, rest))
+            })
+        };
+        self.iter()
+            .filter(|(root, path)| {
+                let parent =
+                    path.iter().rposition(|byte| *byte == b'/').map_or(&[] as &[u8], |at| &path[..at]);
+                // A directory at the top, such as `/home`, is named for other reasons.
+                let is_deep = parent.iter().filter(|byte| **byte == b'/').count() > 1;
+                let is_in_a_root = self.iter().any(|(_, path)| is_prefix_of(path, parent));
+                matches!(root, Root::Workspace | Root::Target)
+                    && is_deep
+                    && !is_in_a_root
+                    && stands_alone(parent)
+            })
+            .map(|(root, _)| root)
+            .collect()
+    }
+}
+
 fn push_marker(text: &mut Vec<u8>, root: Root) {
     text.push(0);
     text.extend_from_slice(root.name().as_bytes());
@@ -242,6 +271,14 @@ mod tests {
         assert_eq!(roots.found_in(b"text/wtext"), [Root::Workspace]);
         assert_eq!(roots.found_in(b"/home/annex"), []);
         assert_eq!(roots.found_in(b"/home/ann/x"), [Root::Home]);
+    }
+
+    #[test]
+    fn parents_are_found_where_no_root_follows() {
+        let roots = roots("/data/a/shop", "/data/a/shop/target", "/home/ann");
+        assert_eq!(roots.parents_found_in(b"in /data/a: /data/a/shop/src"), [Root::Workspace]);
+        assert_eq!(roots.parents_found_in(b"/data/a/other"), [Root::Workspace]);
+        assert_eq!(roots.parents_found_in(b"/data/a/shop/src /data/abc /data/a/shop/target/x"), []);
     }
 
     proptest! {

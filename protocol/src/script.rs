@@ -9,11 +9,13 @@
 //! | `tool` | included | many scripts ask the compiler what it can do |
 //! | `working directory` | normalised | the package's directory |
 //! | `variable CARGO_MAKEFLAGS` | left out | the job server: how much runs at a time |
-//! | `variable MAKEFLAGS` | left out | the job server: how much runs at a time |
-//! | `variable MFLAGS` | left out | the job server: how much runs at a time |
+//! | `variable MAKEFLAGS` | normalised | flags for Make, without those of the job server |
+//! | `variable MFLAGS` | normalised | flags for Make, without those of the job server |
+//! | `variable MAKEFILES` | normalised | read by Make |
 //! | `variable NUM_JOBS` | left out | how much runs at a time |
 //! | `variable RUSTC_WRAPPER` | left out | cachec itself, which steps aside inside of a run |
 //! | `variable CACHEC_{…}` | left out | cachec's own settings |
+//! | `variable XDG_CONFIG_HOME` | normalised | where programs, git among them, find their settings |
 //! | `variable XDG_{…}` | left out | a session's directories; files found there are inputs |
 //! | `variable PATH` | left out | programs searched in it are inputs |
 //! | `variable LD_LIBRARY_PATH` | left out | what the loader searched and found are inputs |
@@ -80,6 +82,10 @@
 //! | `variable LANG{…}` | included | languages and sort orders of programs |
 //! | `variable LC_{…}` | included | languages and sort orders of programs |
 //! | `variable TZ` | included | dates of programs |
+//! | `variable GIT_{…}` | normalised | git, its settings included |
+//! | `variable BASH_ENV` | normalised | read by shells |
+//! | `variable ENV` | normalised | read by shells |
+//! | `variable POSIXLY_CORRECT` | included | how many programs understand their arguments |
 //! | `variable CI` | included | too short to be searched in a program |
 //! | `variable {…}_DIR` | normalised | where a library is; searched by most `-sys` crates |
 //! | `variable {…}_STATIC` | included | how a library is linked |
@@ -99,11 +105,13 @@ pub const SCRIPT_KEY_VERSION: &str = "cachec 2026-11 script action key v1";
 
 const VARIABLE_RULES: VariableRules = &[
     ("CARGO_MAKEFLAGS", LeftOut),
-    ("MAKEFLAGS", LeftOut),
-    ("MFLAGS", LeftOut),
+    ("MAKEFLAGS", Normalised),
+    ("MFLAGS", Normalised),
+    ("MAKEFILES", Normalised),
     ("NUM_JOBS", LeftOut),
     ("RUSTC_WRAPPER", LeftOut),
     ("CACHEC_*", LeftOut),
+    ("XDG_CONFIG_HOME", Normalised),
     ("XDG_*", LeftOut),
     ("PATH", LeftOut),
     ("LD_LIBRARY_PATH", LeftOut),
@@ -170,6 +178,10 @@ const VARIABLE_RULES: VariableRules = &[
     ("LANG*", Included),
     ("LC_*", Included),
     ("TZ", Included),
+    ("GIT_*", Normalised),
+    ("BASH_ENV", Normalised),
+    ("ENV", Normalised),
+    ("POSIXLY_CORRECT", Included),
     ("CI", Included),
     ("*_DIR", Normalised),
     ("*_STATIC", Included),
@@ -206,12 +218,30 @@ impl ScriptAction<'_> {
         fields.push("program", self.program.as_bytes().as_slice());
         fields.push("tool", self.tool.as_bytes().as_slice());
         fields.push("working directory", self.roots.normalise(self.working_directory)?);
-        push_variables(&mut fields, self.environment, self.roots, |name| {
+        let environment: Vec<(Vec<u8>, Vec<u8>)> = self
+            .environment
+            .iter()
+            .map(|(name, value)| match name.as_slice() {
+                b"MAKEFLAGS" | b"MFLAGS" => (name.clone(), without_job_server(value)),
+                _ => (name.clone(), value.clone()),
+            })
+            .collect();
+        push_variables(&mut fields, &environment, self.roots, |name| {
             let extra = self.extra_variables.iter().any(|extra| extra == name);
             rule(VARIABLE_RULES, name).unwrap_or(if extra { Normalised } else { LeftOut })
         })?;
         Ok(fields)
     }
+}
+
+/// Make's flags without those that say how much runs at a time, and by whose leave.
+fn without_job_server(flags: &[u8]) -> Vec<u8> {
+    let is_other = |word: &&[u8]| {
+        !word.is_empty()
+            && ![b"-j".as_slice(), b"--jobs", b"--jobserver"].iter().any(|start| word.starts_with(start))
+    };
+    let words: Vec<&[u8]> = flags.split(|byte| *byte == b' ').filter(is_other).collect();
+    words.join(b" ".as_slice())
 }
 
 /// Whether a variable counts only where the program's own text has its name.
@@ -261,6 +291,11 @@ mod tests {
         for name in ["CC_x86_64-unknown-linux-gnu", "OPENSSL_LIB_DIR", "NAMED", "DEP_Z_INCLUDE", "LC_ALL"] {
             assert_ne!(key(&[(name, "1")], "/src/app"), plain, "{name}");
         }
+        assert_ne!(key(&[("MAKEFLAGS", "-n -j4")], "/src/app"), key(&[("MAKEFLAGS", "-j2")], "/src/app"));
+        assert_eq!(
+            key(&[("MAKEFLAGS", "-j4 --jobserver-auth=3,4 V=1")], "/src/app"),
+            key(&[("MAKEFLAGS", "V=1")], "/src/app")
+        );
         for name in ["NUM_JOBS", "CARGO_MAKEFLAGS", "PATH", "CACHEC_DIR", "XDG_CONFIG_DIR", "UNNAMED"] {
             assert_eq!(key(&[(name, "1")], "/src/app"), plain, "{name}");
         }

@@ -49,6 +49,8 @@ pub(super) struct OpenOutput {
     pub(super) source: Source,
     pub(super) identity: Identity,
     pub(super) executable: bool,
+    /// See [`Output::permissions`].
+    pub(super) permissions: Option<u32>,
 }
 
 /// Where an output's content is.
@@ -89,7 +91,10 @@ pub(crate) fn open_outputs(unit: &Unit, trace: Option<&Trace>) -> Result<OpenOut
         None => required.clone(),
     };
     if let Some(script) = unit.script() {
-        return Ok(OpenOutputs { files: tree::walk(&script.output_directory)?, dep_info: Vec::new() });
+        return Ok(OpenOutputs {
+            files: tree::walk(&script.output_directory, unit.umask)?,
+            dep_info: Vec::new(),
+        });
     }
     let leaves_nothing = unit.invocation().is_some() && names.is_empty();
     if leaves_nothing || required.iter().any(|name| !names.contains(name)) {
@@ -110,6 +115,7 @@ pub(crate) fn open_outputs(unit: &Unit, trace: Option<&Trace>) -> Result<OpenOut
             source: Source::Open(file),
             identity: Identity::of(&metadata),
             executable,
+            permissions: None,
         });
     }
     Ok(OpenOutputs { files, dep_info })
@@ -124,7 +130,7 @@ fn observed_outputs(unit: &Unit, trace: &Trace) -> Result<Vec<String>, NotStorab
     for path in &trace.outputs {
         let path = Path::new(OsStr::from_bytes(path));
         if unit.script().is_some() && path.starts_with(&directory)
-            || ignored.as_ref().is_some_and(|ignored| path.starts_with(ignored))
+            || ignored.as_ref().is_some_and(|ignored| path.starts_with(ignored) && !unit.holds(path))
         {
             continue;
         }
@@ -180,12 +186,14 @@ pub(crate) fn record(
         script::check_clock(said, finished.started_ns)?;
         inputs.extend(inputs::declared_variables(unit, &directives.variables)?);
         replaced = unit.roots.found_in(said);
+        found.extend(unit.roots.parents_found_in(&stdout));
     }
     let packer = Packer::new(unit, finished.started_ns, stores, &outputs, text.len() as u64)?;
     let packed = packer.pack(outputs, &text)?;
     found.extend(packed.found);
     replaced.extend(packed.replaced);
     found.extend(inputs::named_in_files(unit, &inputs, &replaced));
+    inputs.extend(inputs::beside_roots(unit, &inputs));
     inputs.extend(found.iter().filter_map(|root| inputs::root_input(unit, *root)));
     let bound = inputs.iter().any(|input| input.kind == InputKind::Root);
     let has_outputs = !packed.outputs.is_empty();
@@ -265,14 +273,15 @@ impl<'a> Packer<'a> {
     fn pack(mut self, opened: OpenOutputs, text: &[u8]) -> Result<Packed, NotStorable> {
         let dep_info = self.unit.dep_info_name();
         let mut outputs = Vec::with_capacity(opened.files.len());
-        for OpenOutput { name, source, identity, executable } in opened.files {
-            outputs.push(match source {
+        for OpenOutput { name, source, identity, executable, permissions } in opened.files {
+            let output = match source {
                 _ if dep_info.as_ref() == Some(&name) => self.add_text(name, OutputKind::Text, text)?,
                 Source::Open(file) => self.add_binary(name, file, identity, executable)?,
                 Source::At(path) => self.add_tree_file(name, &path, identity, executable)?,
                 Source::Directory => self.add_text(name, OutputKind::Directory, b"")?,
                 Source::Link(target) => self.add_text(name, OutputKind::Link, target.as_bytes())?,
-            });
+            };
+            outputs.push(Output { permissions, ..output });
         }
         let mut spool = self.encoder.map(zstd::Encoder::finish).transpose()?;
         if let Some(spool) = spool.as_mut() {
@@ -288,7 +297,7 @@ impl<'a> Packer<'a> {
         if let Some(tier) = self.stores.tier {
             super::restore::keep_bytes(tier, text, &digest, self.stores.memo)?;
         }
-        Ok(Output { name, kind, executable: false, digest, size_bytes: text.len() as u64 })
+        Ok(Output { name, kind, executable: false, digest, size_bytes: text.len() as u64, permissions: None })
     }
 
     /// Adds a file of a build script's: as text with variables, where it names a root and is text.
@@ -311,6 +320,7 @@ impl<'a> Packer<'a> {
                 script::check_clock(&content, self.started_ns)?;
             }
             let roots = self.unit.roots.found_in(&content);
+            self.found.extend(self.unit.roots.parents_found_in(&content));
             let normalised = self.unit.roots.normalise(&content).ok();
             if let Some(text) =
                 normalised.filter(|text| *text != content && std::str::from_utf8(&content).is_ok())
@@ -341,7 +351,14 @@ impl<'a> Packer<'a> {
             tier.keep_object(object, &digest, self.stores.memo)?;
         }
         self.stores.memo.remember(after, digest);
-        Ok(Output { name, kind: OutputKind::Binary, executable, digest, size_bytes: identity.size_bytes })
+        Ok(Output {
+            name,
+            kind: OutputKind::Binary,
+            executable,
+            digest,
+            size_bytes: identity.size_bytes,
+            permissions: None,
+        })
     }
 
     /// Reads a file again whose times have changed while it was read; its identity, if its content has not.

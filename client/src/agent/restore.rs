@@ -170,6 +170,8 @@ struct Stager<'a> {
     tree: Option<TempDir>,
     /// Links of the tree and their texts; made at the end, so that nothing is written through one.
     links: Vec<(PathBuf, String)>,
+    /// Directories of the tree; they get their permissions when they are filled.
+    directories: Vec<(PathBuf, fs::Permissions)>,
 }
 
 impl<'a> Stager<'a> {
@@ -187,7 +189,7 @@ impl<'a> Stager<'a> {
             None => None,
         };
         let directory = tree.as_ref().map_or(directory, |tree| tree.path().to_owned());
-        Ok(Self { unit, result, directory, tree, links: Vec::new() })
+        Ok(Self { unit, result, directory, tree, links: Vec::new(), directories: Vec::new() })
     }
 
     fn new_tree(unit: &Unit, destination: &Path) -> io::Result<TempDir> {
@@ -240,7 +242,7 @@ impl<'a> Stager<'a> {
         match output.kind {
             OutputKind::Directory if is_in_tree => {
                 fs::create_dir(&path)?;
-                fs::set_permissions(&path, fs::Permissions::from_mode(0o777 & !self.unit.umask))?;
+                self.directories.push((path, self.permissions(output)));
                 return Ok(None);
             }
             OutputKind::Link if is_in_tree => {
@@ -298,8 +300,10 @@ impl<'a> Stager<'a> {
 
     /// The mode that a compiler gives its outputs.
     fn permissions(&self, output: &Output) -> fs::Permissions {
-        let mode = if output.executable { 0o777 } else { 0o666 };
-        fs::Permissions::from_mode(mode & !self.unit.umask)
+        let usual = if output.executable || output.kind == OutputKind::Directory { 0o777 } else { 0o666 };
+        // Only a build script's outputs have others.
+        let own = output.permissions.filter(|_| self.tree.is_some()).map(|mode| mode & 0o777);
+        fs::Permissions::from_mode(own.unwrap_or(usual & !self.unit.umask))
     }
 
     fn expand(&self, stored: &[u8]) -> io::Result<Vec<u8>> {
@@ -309,6 +313,9 @@ impl<'a> Stager<'a> {
     fn finish(self, files: Vec<Staged>) -> io::Result<Restored> {
         for (path, target) in &self.links {
             std::os::unix::fs::symlink(target, path)?;
+        }
+        for (path, permissions) in self.directories.iter().rev() {
+            fs::set_permissions(path, permissions.clone())?;
         }
         let (stdout, stderr) = (self.expand(&self.result.stdout)?, self.expand(&self.result.stderr)?);
         let tree = self.tree.map(|staged| (staged, self.unit.output_directory()));

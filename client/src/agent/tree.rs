@@ -1,7 +1,7 @@
 //! A build script's output directory: all of it is the result.
 //!
-//! Files, directories and symbolic links that stay inside; owners, times and modes other than "may be executed" are
-//! not kept. Anything else in there makes the run not stored.
+//! Files, directories and symbolic links that stay inside, with their permissions; owners and times are not kept.
+//! Anything else in there makes the run not stored.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -20,14 +20,17 @@ const MAX_TREE_BYTES: u64 = 1 << 30;
 pub(super) const MAX_TEXT_BYTES: u64 = 4 << 20;
 
 /// Everything below a directory, each entry behind the directory it is in.
-pub(super) fn walk(root: &Path) -> Result<Vec<OpenOutput>, NotStorable> {
+pub(super) fn walk(root: &Path, umask: u32) -> Result<Vec<OpenOutput>, NotStorable> {
+    if !fs::symlink_metadata(root).is_ok_and(|metadata| metadata.is_dir()) {
+        return Err(NotStorable::MissingOutput);
+    }
     let mut outputs = Vec::new();
     let mut size_bytes = 0;
     let mut directories = vec![root.to_owned()];
     while let Some(directory) = directories.pop() {
         for entry in fs::read_dir(directory).map_err(|_| NotStorable::MissingOutput)? {
             let path = entry?.path();
-            let output = open(root, &path)?;
+            let output = open(root, &path, umask)?;
             if matches!(output.source, Source::Directory) {
                 directories.push(path);
             }
@@ -42,7 +45,7 @@ pub(super) fn walk(root: &Path) -> Result<Vec<OpenOutput>, NotStorable> {
     Ok(outputs)
 }
 
-fn open(root: &Path, path: &Path) -> Result<OpenOutput, NotStorable> {
+fn open(root: &Path, path: &Path, umask: u32) -> Result<OpenOutput, NotStorable> {
     let unusable = || NotStorable::Observed("unusual-output".to_owned());
     let name = path.strip_prefix(root).ok().and_then(Path::to_str).ok_or_else(unusable)?;
     let metadata = fs::symlink_metadata(path)?;
@@ -59,7 +62,14 @@ fn open(root: &Path, path: &Path) -> Result<OpenOutput, NotStorable> {
         _ => return Err(unusable()),
     };
     let executable = metadata.is_file() && metadata.mode() & 0o100 != 0;
-    Ok(OpenOutput { name: name.to_owned(), source, identity: Identity::of(&metadata), executable })
+    if metadata.mode() & 0o7000 != 0 {
+        return Err(unusable());
+    }
+    let usual = if executable || metadata.is_dir() { 0o777 } else { 0o666 } & !umask;
+    let mode = metadata.mode() & 0o777;
+    let permissions = (mode != usual && !metadata.is_symlink()).then_some(mode);
+    let identity = Identity::of(&metadata);
+    Ok(OpenOutput { name: name.to_owned(), source, identity, executable, permissions })
 }
 
 /// Whether a link's text leads to a place below the output directory, whatever the names on its way are there: it
@@ -95,9 +105,10 @@ mod tests {
         fs::write(root.path().join("b/c/file"), "").unwrap();
         fs::write(root.path().join("b-file"), "").unwrap();
         std::os::unix::fs::symlink("b/c", root.path().join("a")).unwrap();
-        let names: Vec<String> = walk(root.path()).unwrap().into_iter().map(|output| output.name).collect();
+        let names: Vec<String> =
+            walk(root.path(), 0o022).unwrap().into_iter().map(|output| output.name).collect();
         assert_eq!(names, ["a", "b", "b-file", "b/c", "b/c/file"]);
         std::os::unix::fs::symlink("/etc", root.path().join("out")).unwrap();
-        assert!(walk(root.path()).is_err());
+        assert!(walk(root.path(), 0o022).is_err());
     }
 }

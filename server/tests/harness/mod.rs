@@ -56,6 +56,7 @@ pub(crate) fn result(action: u8, variant: u64, pack: Option<Digest>) -> StoredRe
         executable: false,
         digest,
         size_bytes: 1,
+        permissions: None,
     };
     StoredResult {
         action_key: ActionKey::from_bytes([action; 32]),
