@@ -372,8 +372,8 @@ pub(crate) fn beside_roots(unit: &Unit, inputs: &[Input]) -> Vec<Input> {
     bindings
 }
 
-/// Whether a path and a root have more in common than the top of the file system, and the path is not known by a
-/// name of its own.
+/// Whether a path and a root have more in common than the top of the file system, and the path is not searched by
+/// a name of its own.
 fn is_beside(unit: &Unit, path: &Path, place: &Path) -> bool {
     let top = path.ancestors().find(|ancestor| place.starts_with(ancestor)).unwrap_or(Path::new("/"));
     let temporary = unit.temporary_directory();
@@ -382,7 +382,7 @@ fn is_beside(unit: &Unit, path: &Path, place: &Path) -> bool {
         .iter()
         .any(|directory| path.starts_with(directory) && !place.starts_with(directory));
     // Directories around the root are there wherever it is.
-    top != Path::new("/") && top != path && !is_system && !is_temporary && !unit.names_path(path, top)
+    top != Path::new("/") && top != path && !is_system && !is_temporary && !unit.is_searched(path)
 }
 
 /// Binds a result to a root's place: its path, or where both are below the home directory, its path from there.

@@ -227,17 +227,11 @@ impl Unit {
             .any(|directory| path.starts_with(directory))
     }
 
-    /// Whether something that is in the action key names a path, or a directory around it that is below `top`.
-    pub(crate) fn names_path(&self, path: &Path, top: &Path) -> bool {
-        let fields = self.action_fields.entries();
-        let around = path.ancestors().take_while(|directory| *directory != top);
-        let mut names = around.map(|directory| directory.as_os_str().as_bytes());
-        let compiler = Path::new(OsStr::from_bytes(&self.compiler));
-        path == compiler
-            || path
-                .parent()
-                .is_some_and(|parent| self.program_directories().iter().any(|known| known == parent))
-            || names.any(|name| fields.iter().any(|field| memchr::memmem::find(&field.value, name).is_some()))
+    /// Whether a path is found by its own name wherever the unit's roots are: it is the compiler, or in `PATH`.
+    pub(crate) fn is_searched(&self, path: &Path) -> bool {
+        let directories = self.program_directories();
+        path == Path::new(OsStr::from_bytes(&self.compiler))
+            || path.parent().is_some_and(|parent| directories.iter().any(|known| known == parent))
     }
 
     /// The directory for temporary files.
