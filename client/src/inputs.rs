@@ -96,6 +96,7 @@ fn file_mode(unit: &Unit, input: &Input) -> Option<Input> {
 /// | left out | why |
 /// |---|---|
 /// | compiler, driver and `lib/rustlib` below the sysroot | the toolchain's identity is in the action key |
+/// | a build script's program | its content is in the action key |
 /// | `/etc/ld.so.cache` | an index of libraries; the libraries that are loaded are inputs |
 /// | the directory for temporary files itself | what the run makes there is its own |
 /// | directories around outputs, dependencies and roots | they are there wherever those are |
@@ -105,6 +106,7 @@ fn is_left_out(unit: &Unit, access: &Access) -> bool {
     let in_toolchain = |sysroot: &PathBuf| path.strip_prefix(sysroot).is_ok_and(is_identified);
     let is_around = || unit.known_directories().iter().any(|known| known.starts_with(path));
     unit.sysroots.iter().any(in_toolchain)
+        || unit.script().is_some_and(|script| path == script.program)
         || path == Path::new("/etc/ld.so.cache")
         || (access.seen == Seen::Directory && (is_around() || path == unit.temporary_directory()))
 }

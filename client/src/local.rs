@@ -18,6 +18,7 @@ use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -25,6 +26,8 @@ use std::time::{Duration, SystemTime};
 
 use cachec_protocol::message::{MAX_MANIFEST_RESULTS, PublishRequest};
 use cachec_protocol::{ActionKey, Digest, ResultKey, StoredResult, decode, encode};
+
+use rustix::fs::AtFlags;
 
 use crate::memo::{Identity, Memo};
 
@@ -132,21 +135,34 @@ impl LocalTier {
             .tempfile_in(self.root.join("staging"))
     }
 
+    /// Gives an open file another name, to be kept as an object: nothing is copied. For files that nobody edits in
+    /// place; where somebody does all the same, its times tell.
+    ///
+    /// # Errors
+    /// Where the file is on another file system, or has no name any more.
+    pub(crate) fn stage_link(&self, file: &File) -> io::Result<tempfile::TempPath> {
+        let staged = self.stage()?.into_temp_path();
+        fs::remove_file(&staged)?;
+        let opened = format!("/proc/self/fd/{}", file.as_raw_fd());
+        rustix::fs::linkat(rustix::fs::CWD, opened, rustix::fs::CWD, &*staged, AtFlags::SYMLINK_FOLLOW)?;
+        Ok(staged)
+    }
+
     /// Names a staged file, whose content the caller has hashed while writing it.
     ///
     /// # Errors
     /// Those of renaming.
     pub(crate) fn keep_object(
         &self,
-        staged: tempfile::NamedTempFile,
+        staged: tempfile::TempPath,
         digest: &Digest,
         memo: &Memo,
     ) -> io::Result<()> {
-        let size_bytes = staged.as_file().metadata()?.len();
+        let size_bytes = fs::metadata(&staged)?.len();
         let path = self.object_path(digest);
         create_parent(&path)?;
-        let file = staged.persist(&path)?;
-        memo.remember(Identity::of(&file.metadata()?), *digest);
+        staged.persist(&path)?;
+        memo.remember(Identity::of(&fs::metadata(&path)?), *digest);
         self.stored_bytes.fetch_add(size_bytes, Ordering::Relaxed);
         Ok(())
     }
@@ -264,7 +280,7 @@ mod tests {
         let digest = Digest::of(content);
         let mut staged = tier.stage().unwrap();
         staged.write_all(content).unwrap();
-        tier.keep_object(staged, &digest, memo).unwrap();
+        tier.keep_object(staged.into_temp_path(), &digest, memo).unwrap();
         let result = StoredResult {
             action_key: ActionKey::from_bytes([action; 32]),
             input_set: InputSet::default(),

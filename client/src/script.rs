@@ -29,8 +29,8 @@ pub(crate) struct Script {
     pub(crate) program: PathBuf,
     /// `OUT_DIR`.
     pub(crate) output_directory: PathBuf,
-    /// The directory around the package that has a `Cargo.lock`, or the package's own.
-    pub(crate) workspace: PathBuf,
+    /// The directory with a `Cargo.lock` around the package, or around the target directory for one of a registry.
+    pub(crate) workspace: Option<PathBuf>,
     /// Name of the compilation's target.
     target: String,
     /// Whether nothing was in the output directory before.
@@ -38,12 +38,15 @@ pub(crate) struct Script {
 }
 
 impl Script {
+    /// `is_foreign` says that the package is in `CARGO_HOME`.
+    ///
     /// # Errors
     /// [`Refusal::OutputPath`] where cargo did not start this, or its output directory is not there.
     pub(crate) fn new(
         request: &UnitRequest,
         environment: &[(Vec<u8>, Vec<u8>)],
         working_directory: &Path,
+        is_foreign: bool,
     ) -> Result<Self, Refusal> {
         let text = |name: &str| -> Option<String> {
             let (_, value) = environment.iter().find(|(known, _)| known == name.as_bytes())?;
@@ -54,11 +57,19 @@ impl Script {
         if !output_directory.is_absolute() || output_directory.parent().is_none() {
             return Err(Refusal::OutputPath);
         }
-        let locked = working_directory.ancestors().find(|directory| directory.join("Cargo.lock").is_file());
+        let locked = |path: &Path| {
+            path.ancestors().find(|directory| directory.join("Cargo.lock").is_file()).map(Path::to_owned)
+        };
+        // Packages of registries and git checkouts have lock files of their own.
+        let workspace = if is_foreign {
+            locked(&output_directory)
+        } else {
+            Some(locked(working_directory).unwrap_or_else(|| working_directory.to_owned()))
+        };
         Ok(Self {
             package: text("CARGO_PKG_NAME").unwrap_or_default(),
             program: PathBuf::from(OsStr::from_bytes(&request.compiler)),
-            workspace: locked.unwrap_or(working_directory).to_owned(),
+            workspace,
             target: text("TARGET").unwrap_or_default(),
             starts_clean: entries.next().is_none(),
             output_directory,

@@ -72,7 +72,9 @@ impl Unit {
         }
         let working_directory = PathBuf::from(OsStr::from_bytes(&request.working_directory));
         let task = if request.is_script {
-            Task::Script(Script::new(request, &environment, &working_directory)?)
+            let is_foreign = cargo_home(&environment)
+                .is_some_and(|home| working_directory.starts_with(OsStr::from_bytes(&home)));
+            Task::Script(Script::new(request, &environment, &working_directory, is_foreign)?)
         } else if is_probe(&words) {
             Task::Probe
         } else {
@@ -219,7 +221,7 @@ impl Unit {
         let roots = self.roots.iter().map(|(_, root)| PathBuf::from(OsStr::from_bytes(root)));
         let script = self.script().into_iter().flat_map(|script| {
             let target = script.target_directory().map(Path::to_owned);
-            [Some(script.workspace.clone()), target].into_iter().flatten()
+            [script.workspace.clone(), target].into_iter().flatten()
         });
         roots
             .chain(script)
@@ -367,6 +369,11 @@ fn variable<'a>(environment: &'a [(Vec<u8>, Vec<u8>)], name: &str) -> Option<&'a
     environment.iter().find(|(known, _)| known == name.as_bytes()).map(|(_, value)| value.as_slice())
 }
 
+fn cargo_home(environment: &[(Vec<u8>, Vec<u8>)]) -> Option<Vec<u8>> {
+    let named = variable(environment, "CARGO_HOME").map(<[u8]>::to_vec);
+    named.or_else(|| Some([variable(environment, "HOME")?, b"/.cargo"].concat()))
+}
+
 fn find_roots(
     task: &Task,
     working_directory: &Path,
@@ -375,17 +382,16 @@ fn find_roots(
 ) -> Roots {
     let bytes = |path: &Path| path.as_os_str().as_bytes().to_vec();
     let home = variable(environment, "HOME").map(<[u8]>::to_vec);
-    let cargo_home = variable(environment, "CARGO_HOME")
-        .map(<[u8]>::to_vec)
-        .or_else(|| home.as_ref().map(|home| [home.as_slice(), b"/.cargo"].concat()));
+    let cargo_home = cargo_home(environment);
     let in_cargo_home =
         cargo_home.as_ref().is_some_and(|path| working_directory.starts_with(OsStr::from_bytes(path)));
+    let own = (!in_cargo_home).then_some(working_directory);
     let (workspace, target) = match task {
-        Task::Compile(invocation) => (working_directory, invocation.target_directory()),
-        Task::Probe => (working_directory, None),
-        Task::Script(script) => (script.workspace.as_path(), script.target_directory()),
+        Task::Compile(invocation) => (own, invocation.target_directory()),
+        Task::Probe => (own, None),
+        Task::Script(script) => (script.workspace.as_deref(), script.target_directory()),
     };
-    let workspace = (!in_cargo_home).then(|| bytes(workspace));
+    let workspace = workspace.map(bytes);
     let target = target.map(|path| bytes(&working_directory.join(path)));
     Roots::new(
         [

@@ -20,7 +20,7 @@ use cachec_protocol::{
 };
 use tempfile::{NamedTempFile, SpooledTempFile};
 
-use super::tree;
+use super::{launcher, tree};
 use crate::dep_info::DepInfo;
 use crate::inputs::{self, NotStorable};
 use crate::invocation::Invocation;
@@ -340,17 +340,24 @@ impl<'a> Packer<'a> {
         identity: Identity,
         executable: bool,
     ) -> Result<Output, NotStorable> {
-        let mut object = self.stores.tier.map(LocalTier::stage).transpose()?;
-        let digest = self.read_chunks(&mut file, object.as_mut())?;
+        let link =
+            self.stores.tier.filter(|_| self.may_link(&name)).and_then(|tier| tier.stage_link(&file).ok());
+        let mut copy = match (self.stores.tier, &link) {
+            (Some(tier), None) => Some(tier.stage()?),
+            _ => None,
+        };
+        let digest = self.read_chunks(&mut file, copy.as_mut())?;
+        let object = link.or_else(|| copy.map(NamedTempFile::into_temp_path));
         let mut after = Identity::of(&file.metadata()?);
         if !after.same_content_times(&identity) {
             // Cargo sets the mtime of what it has checked. The content must be what was read.
             after = self.confirm(&mut file, &digest)?;
         }
+        // An object may be the same file, and keeping it gives that another ctime.
+        self.stores.memo.remember(after, digest);
         if let (Some(tier), Some(object)) = (self.stores.tier, object) {
             tier.keep_object(object, &digest, self.stores.memo)?;
         }
-        self.stores.memo.remember(after, digest);
         Ok(Output {
             name,
             kind: OutputKind::Binary,
@@ -359,6 +366,13 @@ impl<'a> Packer<'a> {
             size_bytes: identity.size_bytes,
             permissions: None,
         })
+    }
+
+    /// Whether nobody edits an output in place: a dependency's library, which rustc replaces by a rename, and a build
+    /// script's program, which is kept beside its launcher.
+    fn may_link(&self, name: &str) -> bool {
+        let is_program = launcher::kept_program(self.unit).is_some_and(|(program, _)| program == name);
+        is_program || (name.ends_with(".rlib") && !self.unit.is_primary)
     }
 
     /// Reads a file again whose times have changed while it was read; its identity, if its content has not.

@@ -1,7 +1,8 @@
 //! Staging a result's outputs beside their destinations.
 //!
 //! Every byte is checked against its digest before the wrapper hears of a hit. Files that nobody edits in
-//! place (the `.rlib` of a dependency, which rustc replaces by a rename) may be hard links into the local
+//! place (the `.rlib` of a dependency, which rustc replaces by a rename; a build script's program, which is kept
+//! beside its launcher) may be hard links into the local
 //! tier; as their mtime is that of the first restore, this needs a fresh `.rmeta` beside them, since cargo
 //! looks at the newest output of a unit. What the user asked for is never a link.
 
@@ -97,7 +98,7 @@ pub(crate) fn from_pack(
             (OutputKind::Binary, Some(tier)) => {
                 let mut staged = tier.stage()?;
                 copy_checked(&mut part, staged.as_file_mut(), output)?;
-                tier.keep_object(staged, &output.digest, memo)?;
+                tier.keep_object(staged.into_temp_path(), &output.digest, memo)?;
                 Some(stager.place(output, &tier.object(&output.digest, memo)?)?)
             }
             (OutputKind::Binary, None) => {
@@ -291,11 +292,9 @@ impl<'a> Stager<'a> {
     fn may_link(&self, output: &Output, object: &Path) -> bool {
         let has_fresh_companion = self.result.outputs.iter().any(|other| other.name.ends_with(".rmeta"));
         let has_mode = |metadata: fs::Metadata| metadata.mode() & 0o777 == self.permissions(output).mode();
-        self.tree.is_none()
-            && output.name.ends_with(".rlib")
-            && has_fresh_companion
-            && !self.unit.is_primary
-            && fs::metadata(object).is_ok_and(has_mode)
+        let is_kept_program = launcher::kept_program(self.unit).is_some_and(|(name, _)| name == output.name);
+        let is_library = output.name.ends_with(".rlib") && has_fresh_companion && !self.unit.is_primary;
+        self.tree.is_none() && (is_library || is_kept_program) && fs::metadata(object).is_ok_and(has_mode)
     }
 
     /// The mode that a compiler gives its outputs.
@@ -343,7 +342,7 @@ fn read_text(part: &mut impl Read, output: &Output) -> io::Result<Vec<u8>> {
 pub(crate) fn keep_bytes(tier: &LocalTier, bytes: &[u8], digest: &Digest, memo: &Memo) -> io::Result<()> {
     let mut staged = tier.stage()?;
     staged.write_all(bytes)?;
-    tier.keep_object(staged, digest, memo)
+    tier.keep_object(staged.into_temp_path(), digest, memo)
 }
 
 /// Copies an object that was verified under an identity, within the kernel; says whether it still had that
