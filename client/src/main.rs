@@ -22,6 +22,7 @@ mod launcher;
 mod local;
 mod memo;
 mod notice;
+mod places;
 mod process;
 mod remote;
 mod report;

@@ -27,6 +27,7 @@ use crate::invocation::Invocation;
 use crate::ipc::Finished;
 use crate::local::LocalTier;
 use crate::memo::{Identity, Memo};
+use crate::places;
 use crate::script::{self, Directives};
 use crate::streams::ARTIFACT_NOTIFICATION;
 use crate::tracer::Trace;
@@ -192,9 +193,9 @@ pub(crate) fn record(
     let packed = packer.pack(outputs, &text)?;
     found.extend(packed.found);
     replaced.extend(packed.replaced);
-    found.extend(inputs::named_in_files(unit, &inputs, &replaced));
-    inputs.extend(inputs::beside_roots(unit, &inputs));
-    inputs.extend(found.iter().filter_map(|root| inputs::root_input(unit, *root)));
+    found.extend(places::named_in_files(unit, &inputs, &replaced));
+    inputs.extend(places::beside_roots(unit, &inputs));
+    inputs.extend(found.iter().filter_map(|root| places::root_input(unit, *root)));
     let bound = inputs.iter().any(|input| input.kind == InputKind::Root);
     let has_outputs = !packed.outputs.is_empty();
     let result = StoredResult {
