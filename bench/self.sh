@@ -1,6 +1,7 @@
 #!/bin/sh
 # Builds this project's server through this project's client, twice from nothing. The second build must restore
-# everything, RocksDB's C++ included: a compiler that is started is a miss, and fails this.
+# everything, RocksDB's C++ included: a compiler that is started is a miss, and fails this. The present target directory
+# is put aside meanwhile: what C++ compilers make holds its path.
 set -eu
 cd "$(dirname "$0")/.."
 sh bench/prepare.sh
@@ -8,15 +9,21 @@ self=$PWD/target/self
 [ -x "$self/cachec" ] || sh bench/bootstrap.sh
 export RUSTC_WRAPPER="$self/cachec" CACHEC_DIR="$self/tier" CACHEC_RUNTIME_DIR="$self/run" CARGO_INCREMENTAL=0
 
+put_back() {
+    rm -rf target/debug
+    [ ! -d "$self/debug" ] || mv "$self/debug" target/debug
+}
 build() {
-    rm -rf "$self/build"
-    cargo build --locked --package cachec-server --target-dir "$self/build"
+    rm -rf target/debug
+    cargo build --locked --package cachec-server
     "$self/cachec" flush
 }
 misses() {
     "$self/cachec" stats --json | grep -o '"misses":[0-9]*'
 }
 
+[ ! -d target/debug ] || mv target/debug "$self/debug"
+trap put_back EXIT
 echo "==> Building cachec-server through cachec" >&2
 build
 before=$(misses)
@@ -24,4 +31,4 @@ echo "==> Building it again, from nothing" >&2
 build
 "$self/cachec" stats
 [ "$(misses)" = "$before" ] || { echo "The second build has compiled something." >&2; exit 1; }
-"$self/build/debug/cachec-server" --version
+target/debug/cachec-server --version
