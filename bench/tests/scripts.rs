@@ -314,6 +314,21 @@ fn what_is_read_through_own_links_is_read() -> Result<()> {
 }
 
 #[test]
+fn a_link_to_a_device_that_is_looked_at() -> Result<()> {
+    let script =
+        "fs::write(out.join(\"text.txt\"), fs::metadata(\"link\").unwrap().is_file().to_string()).unwrap();";
+    let case = Case::new(PRINT_TEXT, script)?;
+    let link = case.project.root.join("app/link");
+    std::os::unix::fs::symlink("/dev/null", &link)?;
+    assert!(case.runs()? && !case.runs()?, "{}", case.statistics()?);
+    fs::remove_file(&link)?;
+    std::os::unix::fs::symlink("/etc/passwd", &link)?;
+    assert!(case.runs()?);
+    assert_eq!(case.project.run_app()?, "true");
+    Ok(())
+}
+
+#[test]
 fn compiling_for_this_cpu_makes_it_an_input() -> Result<()> {
     let script = "let run = |flag: &str| assert!(Command::new(\"cc\").args([\"-c\", flag, \"a.c\", \"-o\"]).arg(out.join(\"a.o\")).status().unwrap().success());\n\
         run(\"FLAG\"); fs::write(out.join(\"text.txt\"), \"x\").unwrap();";

@@ -299,6 +299,8 @@ impl Observation {
                 identity = Some(Identity::of(&metadata));
                 Found::Known(Seen::File)
             }
+            // A link to a device, which is noted itself; services that are turned off lead to `/dev/null`.
+            Ok(_) if fs::canonicalize(path).is_ok_and(|real| is_kernels(&real)) => return,
             Ok(_) => Found::Special,
             Err(error) if is_absence(&error) => Found::Known(Seen::Absent),
             Err(_) => Found::Unreadable,
