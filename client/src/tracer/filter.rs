@@ -161,6 +161,18 @@ pub(super) fn receive_listener(channel: &OwnedFd) -> Option<OwnedFd> {
     })
 }
 
+/// Has a stopped task and the supervisor take turns on one processor: only one of them ever has something to do. Where
+/// the kernel is too old for that (before 6.6), each wakes the other as it comes.
+pub(super) fn take_turns(listener: &OwnedFd) {
+    // SAFETY: the flags are the argument itself.
+    unsafe {
+        libc::ioctl(listener.as_raw_fd(), libc::SECCOMP_IOCTL_NOTIF_SET_FLAGS, SYNC_WAKE_UP);
+    }
+}
+
+/// `SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP` of `linux/seccomp.h`.
+const SYNC_WAKE_UP: libc::c_ulong = 1;
+
 /// A stopped call.
 pub(super) type Notification = libc::seccomp_notif;
 

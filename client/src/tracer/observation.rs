@@ -52,6 +52,28 @@ struct Entry {
     own: bool,
 }
 
+/// What a call asks of a path, and changes nothing by. Asked again it says nothing new: a compiler looks for the same
+/// header thousands of times.
+#[derive(Debug, Clone, Copy)]
+enum Question {
+    Look,
+    LookAtLink,
+    Read,
+    ReadAtLink,
+    MayExecute,
+}
+
+impl Question {
+    fn new(follow: bool, read: bool) -> Self {
+        match (follow, read) {
+            (true, false) => Self::Look,
+            (false, false) => Self::LookAtLink,
+            (true, true) => Self::Read,
+            (false, true) => Self::ReadAtLink,
+        }
+    }
+}
+
 /// See the module.
 #[derive(Debug, Default)]
 pub(super) struct Observation {
@@ -73,6 +95,8 @@ pub(super) struct Observation {
     /// Whether it looked at the CPU.
     pub(super) looks_at_cpu: bool,
     resolved: HashMap<PathBuf, PathBuf>,
+    /// What was asked of a path as calls spell it: a bit for each [`Question`].
+    asked: HashMap<OsString, u8>,
     obstacle: Option<&'static str>,
     pub(super) notifications: u64,
 }
@@ -104,16 +128,20 @@ impl Observation {
     pub(super) fn open(&mut self, path: &Path, flags: i32) {
         self.looks_at_cpu |= path == Path::new("/proc/cpuinfo");
         let may_follow = flags & libc::O_NOFOLLOW == 0;
-        let Some(path) = self.resolve(path, may_follow) else { return };
         let writes =
             flags & libc::O_ACCMODE != libc::O_RDONLY || flags & (libc::O_TRUNC | libc::O_CREAT) != 0;
+        // With O_PATH nothing is read yet.
+        let reads = flags & libc::O_PATH == 0;
+        if !writes && self.was_asked(path, Question::new(may_follow, reads)) {
+            return;
+        }
+        let Some(path) = self.resolve(path, may_follow) else { return };
         if flags & libc::O_TMPFILE == libc::O_TMPFILE {
             // Without a name, so nobody else's business until it is linked.
             return;
         }
         if !writes {
-            // With O_PATH nothing is read yet.
-            self.note(&path, may_follow, flags & libc::O_PATH == 0);
+            self.note(&path, may_follow, reads);
         } else if flags & libc::O_CREAT == 0 && fs::metadata(&path).is_err_and(|error| is_absence(&error)) {
             // The call fails.
             self.note(&path, true, false);
@@ -127,6 +155,7 @@ impl Observation {
     /// A call that makes a symbolic link.
     pub(super) fn make_link(&mut self, path: &Path) {
         self.makes_links = true;
+        self.asked.clear();
         self.make(path);
     }
 
@@ -142,7 +171,9 @@ impl Observation {
 
     /// A call that asks what is at a path.
     pub(super) fn look(&mut self, path: &Path, follow: bool) {
-        if let Some(path) = self.resolve(path, follow) {
+        if !self.was_asked(path, Question::new(follow, false))
+            && let Some(path) = self.resolve(path, follow)
+        {
             self.note(&path, follow, false);
         }
     }
@@ -158,6 +189,9 @@ impl Observation {
 
     /// A call that asks for permissions.
     pub(super) fn access(&mut self, path: &Path, for_execution: bool) {
+        if self.was_asked(path, if for_execution { Question::MayExecute } else { Question::Look }) {
+            return;
+        }
         let Some(path) = self.resolve(path, true) else { return };
         self.note(&path, true, false);
         if for_execution {
@@ -202,6 +236,9 @@ impl Observation {
         }
         if !self.is_own(&from) {
             return self.obstruct("moves-input");
+        }
+        if self.makes_links {
+            self.asked.clear();
         }
         self.replace(&to);
         let moved: Vec<PathBuf> = self.own.iter().filter(|path| path.starts_with(&from)).cloned().collect();
@@ -281,6 +318,18 @@ impl Observation {
             notifications: self.notifications,
             looks_at_cpu: self.looks_at_cpu,
         }
+    }
+
+    /// Whether a question was asked before, since which no path can have come to mean another file.
+    fn was_asked(&mut self, path: &Path, question: Question) -> bool {
+        let bit = 1 << question as u8;
+        if let Some(asked) = self.asked.get_mut(path.as_os_str()) {
+            let was_asked = *asked & bit != 0;
+            *asked |= bit;
+            return was_asked;
+        }
+        self.asked.insert(path.as_os_str().to_owned(), bit);
+        false
     }
 
     /// Notes what is at a path, unless that is known, or the run's own.

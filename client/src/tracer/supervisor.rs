@@ -79,6 +79,7 @@ impl Tracer {
 
 fn supervise(channel: &OwnedFd, ended: &UnixStream, places: &Places) -> Option<Supervised> {
     let listener = filter::receive_listener(channel)?;
+    filter::take_turns(&listener);
     let mut observation = Observation::new(places);
     let mut command_ended = false;
     loop {
