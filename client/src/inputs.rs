@@ -42,6 +42,21 @@ pub(crate) enum NotStorable {
     Untraced,
     #[error("writes-elsewhere")]
     WritesElsewhere,
+    #[error("stale-out-dir")]
+    StaleOutDir,
+    #[error("large-out-dir")]
+    LargeOutDir,
+    #[error("unusual-output")]
+    UnusualOutput,
+    #[error("link-leads-out")]
+    LinkLeadsOut,
+    #[error("always-runs")]
+    AlwaysRuns,
+    #[error("clock")]
+    Clock,
+    #[error("large-result")]
+    LargeResult,
+    /// The tracer's own reason code.
     #[error("{0}")]
     Observed(String),
     #[error("io-error")]

@@ -137,7 +137,8 @@ impl Invocation {
 
     /// The last value of a flag.
     pub(crate) fn last_value(&self, flag: &str) -> Option<&[u8]> {
-        self.arguments.iter().rev().filter(|argument| argument.flag == flag).find_map(|a| a.value.as_deref())
+        let mut values = self.arguments.iter().rev().filter(|argument| argument.flag == flag);
+        values.find_map(|argument| argument.value.as_deref())
     }
 
     /// Names of files that a successful run of a library unit must leave.

@@ -99,8 +99,9 @@ impl Unit {
         } else {
             find_roots(&task, &working_directory, &environment, &toolchain.sysroot)
         };
-        let plain = Described { words: &words, request, environment: &environment, config, roots: &roots };
-        let (action_key, action_fields) = plain.action(&task, &toolchain, memo)?;
+        let ingredients =
+            KeyIngredients { words: &words, request, environment: &environment, config, roots: &roots };
+        let (action_key, action_fields) = ingredients.action(&task, &toolchain, memo)?;
         let real_sysroot = fs::canonicalize(&toolchain.sysroot).ok();
         Ok(Self {
             needs_trace: toolchain.script.is_some() || task.invocation().is_none_or(Invocation::needs_trace),
@@ -151,6 +152,14 @@ impl Unit {
             Task::Probe => false,
             Task::Script(_) => true,
         }
+    }
+
+    /// Whether an output is only ever replaced by another file, and never edited in place: a dependency's library,
+    /// which rustc renames to its place, and a build script's program, which is kept beside its launcher.
+    pub(crate) fn is_only_replaced(&self, name: &str) -> bool {
+        self.invocation().is_some_and(|invocation| {
+            invocation.script_program() == Some(name) || (name.ends_with(".rlib") && !self.is_primary)
+        })
     }
 
     /// Name of the dep-info file, if there is one.
@@ -287,7 +296,7 @@ impl Task {
 }
 
 /// What an action key is derived from.
-struct Described<'a> {
+struct KeyIngredients<'a> {
     words: &'a [Vec<u8>],
     request: &'a UnitRequest,
     environment: &'a [(Vec<u8>, Vec<u8>)],
@@ -295,7 +304,7 @@ struct Described<'a> {
     roots: &'a Roots,
 }
 
-impl Described<'_> {
+impl KeyIngredients<'_> {
     fn action(
         &self,
         task: &Task,

@@ -14,7 +14,7 @@ use tempfile::TempPath;
 use crate::ipc::{Placement, Rename};
 use crate::unit::Unit;
 
-/// A launcher that is to be renamed to its place.
+/// A launcher that is to be renamed to its place; removed when dropped, if it was not.
 #[derive(Debug)]
 pub(super) struct StagedLauncher {
     path: TempPath,
@@ -25,12 +25,6 @@ impl StagedLauncher {
     pub(super) fn rename(&self) -> Rename {
         let bytes = |path: &Path| path.as_os_str().as_bytes().to_vec();
         Rename { staged: bytes(&self.path), destination: bytes(&self.destination) }
-    }
-
-    /// To be called when it was renamed.
-    pub(super) fn placed(self) {
-        // The path is gone; there is nothing to remove.
-        let _ = self.path.keep();
     }
 }
 

@@ -105,6 +105,10 @@ impl Agent {
         agent
     }
 
+    fn probe_statistics(&self) -> MutexGuard<'_, Statistics> {
+        self.probe_statistics.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn statistics(&self) -> MutexGuard<'_, Statistics> {
         self.statistics.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -112,7 +116,7 @@ impl Agent {
     /// The statistics that a unit counts in.
     fn statistics_of(&self, unit: &Unit) -> MutexGuard<'_, Statistics> {
         match unit.task {
-            Task::Probe => self.probe_statistics.lock().unwrap_or_else(PoisonError::into_inner),
+            Task::Probe => self.probe_statistics(),
             _ => self.statistics(),
         }
     }
@@ -170,8 +174,7 @@ impl Agent {
         let mut report = serde_json::to_value(&*statistics).unwrap_or_default();
         let count = |number: &std::sync::atomic::AtomicU64| number.load(std::sync::atomic::Ordering::Relaxed);
         report["hit_latency"] = serde_json::json!(statistics.hit_latency());
-        report["probes"] =
-            serde_json::json!(*self.probe_statistics.lock().unwrap_or_else(PoisonError::into_inner));
+        report["probes"] = serde_json::json!(*self.probe_statistics());
         report["pending"] = serde_json::json!(*self.pending.borrow());
         report["version"] = serde_json::json!(env!("CARGO_PKG_VERSION"));
         report["namespace"] = serde_json::json!(self.config.namespace);

@@ -14,7 +14,7 @@
 use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io::{self, Seek, SeekFrom, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -224,7 +224,7 @@ impl Build {
                 Frame::Manifests { body_bytes } => self.answer(&mut reader, body_bytes, with_packs).await?,
                 Frame::Blob { digest, body_bytes } => {
                     received_bytes += body_bytes;
-                    if received_bytes > MAX_STREAM_BYTES || !is_alive(self.cargo) {
+                    if received_bytes > MAX_STREAM_BYTES || start_time(self.cargo).is_none() {
                         return Ok(());
                     }
                     let pack = spool(&mut reader, body_bytes).await?;
@@ -324,10 +324,6 @@ fn is_presentation(word: &[u8]) -> bool {
         [b"-q".as_slice(), b"-v", b"-vv", b"--quiet", b"--verbose", b"--locked", b"--offline", b"--frozen"];
     let starts = [b"-j".as_slice(), b"--jobs=", b"--color=", b"--message-format="];
     plain.contains(&word) || starts.iter().any(|start| word.starts_with(start))
-}
-
-fn is_alive(process: u32) -> bool {
-    PathBuf::from(format!("/proc/{process}")).exists()
 }
 
 fn parent(process: u32) -> Option<u32> {

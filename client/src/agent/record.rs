@@ -20,7 +20,7 @@ use cachec_protocol::{
 };
 use tempfile::{NamedTempFile, SpooledTempFile};
 
-use super::{launcher, tree};
+use super::tree;
 use crate::dep_info::DepInfo;
 use crate::inputs::{self, NotStorable};
 use crate::invocation::Invocation;
@@ -208,7 +208,7 @@ pub(crate) fn record(
         pack: has_outputs.then_some(Pack { digest: packed.digest }),
     };
     // What a reader would refuse.
-    result.check().map_err(|_| NotStorable::Observed("large-result".to_owned()))?;
+    result.check().map_err(|_| NotStorable::LargeResult)?;
     let action_fields = pack::compress(&encode(&unit.action_fields), UPLOAD_LEVEL)?;
     Ok(Recorded { publish: PublishRequest { result, action_fields }, pack: packed.spool, bound })
 }
@@ -276,11 +276,11 @@ impl<'a> Packer<'a> {
         let mut outputs = Vec::with_capacity(opened.files.len());
         for OpenOutput { name, source, identity, executable, permissions } in opened.files {
             let output = match source {
-                _ if dep_info.as_ref() == Some(&name) => self.add_text(name, OutputKind::Text, text)?,
+                _ if dep_info.as_ref() == Some(&name) => self.add_bytes(name, OutputKind::Text, text)?,
                 Source::Open(file) => self.add_binary(name, file, identity, executable)?,
                 Source::At(path) => self.add_tree_file(name, &path, identity, executable)?,
-                Source::Directory => self.add_text(name, OutputKind::Directory, b"")?,
-                Source::Link(target) => self.add_text(name, OutputKind::Link, target.as_bytes())?,
+                Source::Directory => self.add_bytes(name, OutputKind::Directory, b"")?,
+                Source::Link(target) => self.add_bytes(name, OutputKind::Link, target.as_bytes())?,
             };
             outputs.push(Output { permissions, ..output });
         }
@@ -292,13 +292,21 @@ impl<'a> Packer<'a> {
         Ok(Packed { outputs, digest, found: self.found, replaced: self.replaced, spool })
     }
 
-    fn add_text(&mut self, name: String, kind: OutputKind, text: &[u8]) -> Result<Output, NotStorable> {
-        self.write(text)?;
-        let digest = Digest::of(text);
+    /// Adds what is at hand: a text, a link's text, or nothing for a directory.
+    fn add_bytes(&mut self, name: String, kind: OutputKind, bytes: &[u8]) -> Result<Output, NotStorable> {
+        self.write(bytes)?;
+        let digest = Digest::of(bytes);
         if let Some(tier) = self.stores.tier {
-            super::restore::keep_bytes(tier, text, &digest, self.stores.memo)?;
+            super::restore::keep_bytes(tier, bytes, &digest, self.stores.memo)?;
         }
-        Ok(Output { name, kind, executable: false, digest, size_bytes: text.len() as u64, permissions: None })
+        Ok(Output {
+            name,
+            kind,
+            executable: false,
+            digest,
+            size_bytes: bytes.len() as u64,
+            permissions: None,
+        })
     }
 
     /// Adds a file of a build script's: as text with variables, where it names a root and is text.
@@ -328,7 +336,7 @@ impl<'a> Packer<'a> {
             {
                 self.found.extend(self.unit.roots.found_in(&text));
                 self.replaced.extend(roots);
-                return Ok(Output { executable, ..self.add_text(name, OutputKind::Text, &text)? });
+                return Ok(Output { executable, ..self.add_bytes(name, OutputKind::Text, &text)? });
             }
         }
         self.add_binary(name, file, identity, executable)
@@ -341,8 +349,11 @@ impl<'a> Packer<'a> {
         identity: Identity,
         executable: bool,
     ) -> Result<Output, NotStorable> {
-        let link =
-            self.stores.tier.filter(|_| self.may_link(&name)).and_then(|tier| tier.stage_link(&file).ok());
+        let link = self
+            .stores
+            .tier
+            .filter(|_| self.unit.is_only_replaced(&name))
+            .and_then(|tier| tier.stage_link(&file).ok());
         let mut copy = match (self.stores.tier, &link) {
             (Some(tier), None) => Some(tier.stage()?),
             _ => None,
@@ -367,13 +378,6 @@ impl<'a> Packer<'a> {
             size_bytes: identity.size_bytes,
             permissions: None,
         })
-    }
-
-    /// Whether nobody edits an output in place: a dependency's library, which rustc replaces by a rename, and a build
-    /// script's program, which is kept beside its launcher.
-    fn may_link(&self, name: &str) -> bool {
-        let is_program = launcher::kept_program(self.unit).is_some_and(|(program, _)| program == name);
-        is_program || (name.ends_with(".rlib") && !self.unit.is_primary)
     }
 
     /// Reads a file again whose times have changed while it was read; its identity, if its content has not.

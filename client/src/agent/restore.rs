@@ -65,7 +65,7 @@ pub(crate) fn from_local(
         let object = tier.object(&output.digest, memo)?;
         files.push(match output.kind {
             OutputKind::Binary => Some(stager.place(output, &object)?),
-            _ => stager.text(output, &fs::read(&object.0)?)?,
+            _ => stager.stage_bytes(output, &fs::read(&object.0)?)?,
         });
     }
     stager.finish(files.into_iter().flatten().collect())
@@ -93,7 +93,7 @@ pub(crate) fn from_pack(
                 if let Some(tier) = tier {
                     keep_bytes(tier, &text, &output.digest, memo)?;
                 }
-                stager.text(output, &text)?
+                stager.stage_bytes(output, &text)?
             }
             (OutputKind::Binary, Some(tier)) => {
                 let mut staged = tier.stage()?;
@@ -153,9 +153,6 @@ impl Restored {
             }
             // The path is gone; there is nothing to remove.
             let _ = file.path.map(TempPath::keep);
-        }
-        if let Some(launcher) = self.launcher {
-            launcher.placed();
         }
         if let Some((staged, _)) = self.tree {
             let _ = staged.keep();
@@ -234,7 +231,7 @@ impl<'a> Stager<'a> {
     }
 
     /// Stages a text, or makes the directory or link in a tree; nothing is left to be renamed then.
-    fn text(&mut self, output: &Output, stored: &[u8]) -> io::Result<Option<Staged>> {
+    fn stage_bytes(&mut self, output: &Output, stored: &[u8]) -> io::Result<Option<Staged>> {
         if Digest::of(stored) != output.digest || stored.len() as u64 != output.size_bytes {
             return Err(corrupt());
         }
@@ -292,9 +289,11 @@ impl<'a> Stager<'a> {
     fn may_link(&self, output: &Output, object: &Path) -> bool {
         let has_fresh_companion = self.result.outputs.iter().any(|other| other.name.ends_with(".rmeta"));
         let has_mode = |metadata: fs::Metadata| metadata.mode() & 0o777 == self.permissions(output).mode();
-        let is_kept_program = launcher::kept_program(self.unit).is_some_and(|(name, _)| name == output.name);
-        let is_library = output.name.ends_with(".rlib") && has_fresh_companion && !self.unit.is_primary;
-        self.tree.is_none() && (is_library || is_kept_program) && fs::metadata(object).is_ok_and(has_mode)
+        // Of a program's launcher cargo sees a fresh time, too.
+        let is_program = launcher::kept_program(self.unit).is_some();
+        self.unit.is_only_replaced(&output.name)
+            && (has_fresh_companion || is_program)
+            && fs::metadata(object).is_ok_and(has_mode)
     }
 
     /// The mode that a compiler gives its outputs.

@@ -37,7 +37,7 @@ pub(super) fn walk(root: &Path, umask: u32) -> Result<Vec<OpenOutput>, NotStorab
             size_bytes += output.identity.size_bytes;
             outputs.push(output);
             if outputs.len() > MAX_OUTPUTS || size_bytes > MAX_TREE_BYTES {
-                return Err(NotStorable::Observed("large-out-dir".to_owned()));
+                return Err(NotStorable::LargeOutDir);
             }
         }
     }
@@ -46,24 +46,26 @@ pub(super) fn walk(root: &Path, umask: u32) -> Result<Vec<OpenOutput>, NotStorab
 }
 
 fn open(root: &Path, path: &Path, umask: u32) -> Result<OpenOutput, NotStorable> {
-    let unusable = || NotStorable::Observed("unusual-output".to_owned());
-    let name = path.strip_prefix(root).ok().and_then(Path::to_str).ok_or_else(unusable)?;
+    let name = path.strip_prefix(root).ok().and_then(Path::to_str).ok_or(NotStorable::UnusualOutput)?;
     let metadata = fs::symlink_metadata(path)?;
     let source = match metadata.file_type() {
         kind if kind.is_file() => Source::At(path.to_owned()),
         kind if kind.is_dir() => Source::Directory,
         kind if kind.is_symlink() => {
-            let target = fs::read_link(path)?.into_os_string().into_string().map_err(|_| unusable())?;
+            let target = fs::read_link(path)?
+                .into_os_string()
+                .into_string()
+                .map_err(|_| NotStorable::UnusualOutput)?;
             if !stays_inside(name, &target) {
-                return Err(NotStorable::Observed("link-leads-out".to_owned()));
+                return Err(NotStorable::LinkLeadsOut);
             }
             Source::Link(target)
         }
-        _ => return Err(unusable()),
+        _ => return Err(NotStorable::UnusualOutput),
     };
     let executable = metadata.is_file() && metadata.mode() & 0o100 != 0;
     if metadata.mode() & 0o7000 != 0 {
-        return Err(unusable());
+        return Err(NotStorable::UnusualOutput);
     }
     let usual = if executable || metadata.is_dir() { 0o777 } else { 0o666 } & !umask;
     let mode = metadata.mode() & 0o777;
