@@ -32,7 +32,7 @@ impl Case {
         let project = Project { root: directory.path().join("checkout") };
         project.write(
             "Cargo.toml",
-            "[workspace]\nmembers = [\"*\"]\nexclude = [\"target\"]\nresolver = \"3\"\n",
+            "[workspace]\nmembers = [\"*\"]\nexclude = [\"target\", \".git\"]\nresolver = \"3\"\n",
         )?;
         project.package("app", dependencies)?;
         project.write("app/src/main.rs", app)?;

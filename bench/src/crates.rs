@@ -8,6 +8,14 @@ use anyhow::{Context, bail};
 
 use crate::programs::cargo;
 
+/// The parts of `name@version`.
+///
+/// # Errors
+/// Where it has no such parts.
+pub fn name_and_version(program: &str) -> anyhow::Result<(&str, &str)> {
+    program.split_once('@').context("a program is named as name@version")
+}
+
 /// Unpacks a package's archive into a directory, and fetches what it depends on.
 ///
 /// # Errors

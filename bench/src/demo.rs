@@ -57,10 +57,7 @@ pub fn run(plain: bool) -> anyhow::Result<()> {
 
 /// A machine like a container, with this machine's crates.
 fn machine(url: &str) -> anyhow::Result<Machine> {
-    let cargo_home = crates::cargo_home()?;
-    Ok(Machine::with_server(url)?
-        .with("CARGO_HOME", cargo_home.to_string_lossy())
-        .with("CARGO_NET_OFFLINE", "true"))
+    Ok(Machine::with_server(url)?.with_crates()?.with("CARGO_NET_OFFLINE", "true"))
 }
 
 fn build(

@@ -71,13 +71,11 @@ pub fn run(programs: &[String], command: &str) -> anyhow::Result<()> {
 }
 
 fn compare(program: &str, command: &str) -> anyhow::Result<(Vec<String>, Vec<String>)> {
-    let (name, version) = program.split_once('@').context("a program is named as name@version")?;
+    let (name, version) = crates::name_and_version(program)?;
     let directory = tempfile::Builder::new().prefix("differential-").tempdir()?;
     let sources = directory.path().join(name);
     crates::unpack(name, version, &sources)?;
-    let cargo_home = crates::cargo_home()?;
-    let mut machine =
-        Machine::new()?.with("CARGO_HOME", cargo_home.to_string_lossy()).with("CACHEC_PATHS", "exact");
+    let mut machine = Machine::new()?.with_crates()?.with("CACHEC_PATHS", "exact");
     machine.note_tools()?;
     let target = sources.join("target");
     let build = |variables: &[(&str, &str)]| -> anyhow::Result<(Build, BTreeMap<String, String>)> {

@@ -6,7 +6,7 @@
 //! misbehaves, [`slow_line`] is merely far.
 
 pub mod case;
-pub mod container;
+pub mod compare;
 pub mod crates;
 pub mod demo;
 pub mod differential;
@@ -19,6 +19,7 @@ pub mod server;
 pub mod slow_line;
 pub mod tier;
 
+pub use case::Case;
 pub use machine::{Build, Machine};
 pub use project::Project;
 pub use server::Server;

@@ -11,6 +11,7 @@ use anyhow::Context;
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::crates;
 use crate::programs::{cargo, programs};
 
 /// What a compiler notes that is asked for something else than a unit.
@@ -100,6 +101,14 @@ impl Machine {
         self = self.without(name);
         self.variables.push((name.to_owned(), value.as_ref().to_owned()));
         self
+    }
+
+    /// Uses the packages that the user who runs this has fetched.
+    ///
+    /// # Errors
+    /// Where there is no home directory.
+    pub fn with_crates(self) -> anyhow::Result<Self> {
+        Ok(self.with("CARGO_HOME", crates::cargo_home()?.to_string_lossy()))
     }
 
     /// Sets a variable for what follows.
@@ -234,7 +243,27 @@ impl Machine {
         })
     }
 
-    fn run(&self, cargo: impl FnOnce() -> anyhow::Result<Output>) -> anyhow::Result<Build> {
+    /// Ends the machine's agents and removes all that was stored on it.
+    ///
+    /// # Errors
+    /// Where something cannot be removed.
+    pub fn reset(&self) -> anyhow::Result<()> {
+        self.signal_agents("KILL");
+        for part in ["home", "tmp", "run", "tier"] {
+            match fs::remove_dir_all(self.path(part)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
+                _ => {}
+            }
+        }
+        fs::create_dir(self.path("home"))?;
+        Ok(fs::create_dir(self.path("tmp"))?)
+    }
+
+    /// Observes one run of cargo.
+    ///
+    /// # Errors
+    /// Where it cannot be started.
+    pub fn run(&self, cargo: impl FnOnce() -> anyhow::Result<Output>) -> anyhow::Result<Build> {
         let started = Instant::now();
         let Output { status, stdout, stderr } = cargo().context("cargo")?;
         let compiled = self.take_noted()?;

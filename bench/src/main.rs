@@ -1,5 +1,9 @@
 //! Demonstrations, benchmarks and campaigns, as commands.
 
+use std::path::Path;
+use std::process::ExitCode;
+
+use cachec_bench::compare;
 use clap::{Parser, Subcommand};
 
 #[derive(Debug, Parser)]
@@ -17,18 +21,8 @@ enum Command {
         #[arg(long)]
         plain: bool,
     },
-    /// Builds ripgrep in fresh containers at some distance from their server
-    Container {
-        /// Round-trip times in milliseconds
-        #[arg(long, value_delimiter = ',', default_values_t = [0, 20, 100])]
-        round_trips_ms: Vec<u64>,
-        /// The limited line's speed in Mbit/s
-        #[arg(long, default_value_t = 100)]
-        megabits: u32,
-        /// Builds of each kind
-        #[arg(long, default_value_t = 3)]
-        runs: usize,
-    },
+    /// Builds a program through cachec and its peers, on this machine and in fresh containers far from their server
+    Compare(compare::Options),
     /// Compares restored builds of real programs with plain ones, byte for byte
     Differential {
         /// Programs as name@version; a list of twelve where none is named
@@ -39,12 +33,15 @@ enum Command {
     },
 }
 
-fn main() -> anyhow::Result<()> {
+fn main() -> anyhow::Result<ExitCode> {
+    if let Some(store) = std::env::var_os(compare::FLOOR_VARIABLE) {
+        let words: Vec<_> = std::env::args_os().skip(1).collect();
+        return Ok(compare::replay(Path::new(&store), &words)?);
+    }
     match Cli::parse().command {
         Command::Demo { plain } => cachec_bench::demo::run(plain),
-        Command::Container { round_trips_ms, megabits, runs } => {
-            cachec_bench::container::run(&round_trips_ms, megabits, runs)
-        }
+        Command::Compare(options) => compare::run(&options),
         Command::Differential { programs, command } => cachec_bench::differential::run(&programs, &command),
-    }
+    }?;
+    Ok(ExitCode::SUCCESS)
 }

@@ -30,10 +30,19 @@ pub struct Speed {
 pub struct SlowLine {
     /// `http://127.0.0.1:PORT`
     pub url: String,
+    up: Queue,
+    down: Queue,
 }
 
-/// One direction's queue: when the line is free again.
-type Queue = Arc<Mutex<Instant>>;
+/// One direction's queue.
+type Queue = Arc<Mutex<Direction>>;
+
+#[derive(Debug)]
+struct Direction {
+    /// When the line is free again.
+    free: Instant,
+    sent_bytes: u64,
+}
 
 impl SlowLine {
     /// Opens a line to a server's URL.
@@ -44,8 +53,8 @@ impl SlowLine {
         let target = server.strip_prefix("http://").context("a plain server")?.to_owned();
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
         let url = format!("http://{}", listener.local_addr()?);
-        let queue = || Arc::new(Mutex::new(Instant::now()));
-        let (up, down): (Queue, Queue) = (queue(), queue());
+        let (up, down) = (Direction::queue(), Direction::queue());
+        let line = Self { url, up: Arc::clone(&up), down: Arc::clone(&down) };
         thread::spawn(move || {
             for client in listener.incoming().flatten() {
                 let Ok(server) = TcpStream::connect(&target) else { continue };
@@ -55,7 +64,20 @@ impl SlowLine {
                 carry(back, forth, Arc::clone(&down), speed, Duration::ZERO);
             }
         });
-        Ok(Self { url })
+        Ok(line)
+    }
+
+    /// Bytes that went to the server and back so far.
+    #[must_use]
+    pub fn bytes(&self) -> (u64, u64) {
+        let count = |queue: &Queue| queue.lock().unwrap_or_else(PoisonError::into_inner).sent_bytes;
+        (count(&self.up), count(&self.down))
+    }
+}
+
+impl Direction {
+    fn queue() -> Queue {
+        Arc::new(Mutex::new(Self { free: Instant::now(), sent_bytes: 0 }))
     }
 }
 
@@ -91,9 +113,10 @@ fn send(queue: &Queue, bytes: usize, speed: Speed) -> Instant {
     let takes = speed
         .megabits_per_second
         .map_or(Duration::ZERO, |rate| Duration::from_nanos(bits * 1000 / u64::from(rate.max(1))));
-    let mut free = queue.lock().unwrap_or_else(PoisonError::into_inner);
-    *free = (*free).max(Instant::now()) + takes;
-    *free
+    let mut direction = queue.lock().unwrap_or_else(PoisonError::into_inner);
+    direction.sent_bytes += bytes as u64;
+    direction.free = direction.free.max(Instant::now()) + takes;
+    direction.free
 }
 
 #[cfg(test)]
@@ -103,7 +126,7 @@ mod tests {
     #[test]
     fn bytes_wait_for_those_before_them_and_for_the_way() {
         let speed = Speed { round_trip: Duration::ZERO, megabits_per_second: Some(8) };
-        let queue = Arc::new(Mutex::new(Instant::now()));
+        let queue = Direction::queue();
         let first = send(&queue, 1000, speed);
         assert_eq!(send(&queue, 2000, speed) - first, Duration::from_millis(2));
     }
@@ -123,6 +146,7 @@ mod tests {
         accepted.write_all(&buffer).unwrap();
         client.read_exact(&mut buffer).unwrap();
         assert_eq!(&buffer, b"question");
+        assert_eq!(line.bytes(), (8, 8));
         // A connection and a question: two round trips.
         assert!(started.elapsed() >= Duration::from_millis(20));
     }

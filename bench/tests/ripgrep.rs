@@ -28,10 +28,7 @@ fn ripgrep_is_restored_bit_for_bit() -> Result<()> {
     let sources = directory.path().join("ripgrep");
     crates::unpack("ripgrep", "15.2.0", &sources)?;
     let server = Server::start(&directory.path().join("data"), &[])?;
-    let cargo_home = crates::cargo_home()?;
-    let machine = || -> Result<Machine> {
-        Ok(Machine::with_server(&server.url)?.with("CARGO_HOME", cargo_home.to_string_lossy()))
-    };
+    let machine = || Machine::with_server(&server.url)?.with_crates();
 
     let first = machine()?;
     let cold = first.cargo(&sources, &["build", "--release"])?;

@@ -6,30 +6,29 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 use cachec_bench::tier::forget_inputs;
-use cachec_bench::{Build, Machine, Project};
+use cachec_bench::{Build, Case, Machine};
 use serde_json::Value;
-
-/// A program `app` with a build script; the script notes each of its starts.
-struct Case {
-    machine: Machine,
-    project: Project,
-    directory: tempfile::TempDir,
-}
 
 /// Prints what the script has left.
 const PRINT_TEXT: &str =
     "fn main() { println!(\"{}\", include_str!(concat!(env!(\"OUT_DIR\"), \"/text.txt\"))); }\n";
 
-impl Case {
-    /// `script` is the body of the script's `main`; `out` is the path of `OUT_DIR` in it.
-    fn new(app: &str, script: &str) -> Result<Self> {
-        let directory = tempfile::tempdir()?;
-        let project = Project { root: directory.path().join("checkout") };
-        project.write("Cargo.toml", "[workspace]\nmembers = [\"app\"]\nresolver = \"3\"\n")?;
-        project.package("app", &[])?;
-        project.write("app/src/main.rs", app)?;
-        let case = Self { machine: Machine::new()?, project, directory };
-        case.write_script(script)?;
+/// Builds of a program `app` with a build script, which notes each of its starts.
+trait ScriptCase: Sized {
+    /// `body` is the body of the script's `main`; `out` is the path of `OUT_DIR` in it.
+    fn script(app: &str, body: &str) -> Result<Self>;
+    fn write_script(&self, body: &str) -> Result<()>;
+    /// Builds from nothing; says whether the script was started.
+    fn runs(&self) -> Result<bool>;
+    fn statistics(&self) -> Result<Value>;
+    fn not_stored(&self, reason: &str) -> Result<()>;
+    fn out_directory(&self) -> Result<PathBuf>;
+}
+
+impl ScriptCase for Case {
+    fn script(app: &str, body: &str) -> Result<Self> {
+        let case = Self::new(app, &[])?;
+        case.write_script(body)?;
         Ok(case)
     }
 
@@ -43,19 +42,6 @@ impl Case {
         self.project.write("app/build.rs", &text)
     }
 
-    fn build_with(&self, arguments: &[&str]) -> Result<Build> {
-        self.project.wipe()?;
-        let build = self.machine.cargo(&self.project.root, arguments)?;
-        assert!(build.success, "{}", build.stderr);
-        self.machine.cachec(&self.project.root, &["flush"])?;
-        Ok(build)
-    }
-
-    fn build(&self) -> Result<Build> {
-        self.build_with(&["build"])
-    }
-
-    /// Builds from nothing; says whether the script was started.
     fn runs(&self) -> Result<bool> {
         Ok(was_run(&self.build()?))
     }
@@ -88,7 +74,7 @@ const WRITE_TEXT: &str =
 
 #[test]
 fn a_run_is_restored_and_a_changed_input_runs_it_again() -> Result<()> {
-    let case = Case::new(PRINT_TEXT, WRITE_TEXT)?;
+    let case = Case::script(PRINT_TEXT, WRITE_TEXT)?;
     case.project.write("app/data.txt", "one")?;
     let cold = case.build()?;
     assert!(was_run(&cold) && cold.probes > 0);
@@ -117,9 +103,9 @@ fn a_moved_checkout_is_restored_with_its_own_paths() -> Result<()> {
         fs::write(out.join(\"text.txt\"), format!(\"{root}/data {}\", out.display())).unwrap();\n\
         println!(\"cargo:rustc-env=PLACE={}\", out.display());";
     let app = "fn main() { println!(\"{} {}\", include_str!(concat!(env!(\"OUT_DIR\"), \"/text.txt\")), env!(\"PLACE\")); }";
-    let case = Case::new(app, script)?;
+    let case = Case::script(app, script)?;
     case.build()?;
-    let moved = case.project.copy_to(&case.directory.path().join("elsewhere/moved"))?;
+    let moved = case.project.copy_to(&case.outside("elsewhere/moved"))?;
     let build = case.machine.cargo(&moved.root, &["build"])?;
     assert!(build.success && !was_run(&build), "{}", build.stderr);
     let printed = moved.run_app()?;
@@ -136,7 +122,7 @@ fn c_code_is_compiled_once() -> Result<()> {
         run(\"ar\", &[\"crs\", out.join(\"libanswer.a\").to_str().unwrap(), object.to_str().unwrap()]);\n\
         println!(\"cargo:rustc-link-search=native={}\\ncargo:rustc-link-lib=static=answer\", out.display());";
     let app = "unsafe extern \"C\" { safe fn answer() -> i32; }\nfn main() { println!(\"{}\", answer()); }";
-    let case = Case::new(app, script)?;
+    let case = Case::script(app, script)?;
     case.project.write("app/answer.c", "#include <answer.h>\nint answer(void) { return ANSWER; }\n")?;
     case.project.write("app/include/answer.h", "#define ANSWER 1\n")?;
     assert!(case.runs()?);
@@ -149,7 +135,7 @@ fn c_code_is_compiled_once() -> Result<()> {
     case.project.write("app/include/answer.h", "#define ANSWER 1\n")?;
     assert!(!case.runs()?);
     let mut case = case;
-    let shadow = case.directory.path().join("shadow");
+    let shadow = case.outside("shadow");
     fs::create_dir(&shadow)?;
     case.machine.set("CPATH", shadow.to_string_lossy());
     case.runs()?;
@@ -168,7 +154,7 @@ fn c_code_is_compiled_once() -> Result<()> {
 fn a_script_that_asks_git_runs_again_after_a_commit() -> Result<()> {
     let script = "let output = Command::new(\"git\").args([\"describe\", \"--always\"]).output().unwrap();\n\
         fs::write(out.join(\"text.txt\"), output.stdout).unwrap();";
-    let case = Case::new(PRINT_TEXT, script)?;
+    let case = Case::script(PRINT_TEXT, script)?;
     let git = |arguments: &[&str]| -> Result<String> {
         let fixed = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"];
         let output =
@@ -194,8 +180,8 @@ fn a_library_that_is_installed_or_removed_is_noticed() -> Result<()> {
     let script = "let found = env::split_paths(&env::var_os(\"PKG_CONFIG_PATH\").unwrap())\n\
         .map(|directory| directory.join(\"demo.pc\")).find(|path| path.exists());\n\
         fs::write(out.join(\"text.txt\"), found.map_or(\"none\".into(), |path| fs::read_to_string(path).unwrap())).unwrap();";
-    let mut case = Case::new(PRINT_TEXT, script)?;
-    let (first, second) = (case.directory.path().join("first"), case.directory.path().join("second"));
+    let mut case = Case::script(PRINT_TEXT, script)?;
+    let (first, second) = (case.outside("first"), case.outside("second"));
     fs::create_dir(&first)?;
     fs::create_dir(&second)?;
     case.machine.set("PKG_CONFIG_PATH", format!("{}:{}", first.display(), second.display()));
@@ -219,7 +205,7 @@ fn a_library_that_is_installed_or_removed_is_noticed() -> Result<()> {
 fn a_script_that_lists_a_directory_runs_again_when_it_grows() -> Result<()> {
     let script = "let mut names: Vec<_> = fs::read_dir(\"parts\").unwrap().map(|part| part.unwrap().file_name().into_string().unwrap()).collect();\n\
         names.sort();\nfs::write(out.join(\"text.txt\"), names.join(\" \")).unwrap();";
-    let case = Case::new(PRINT_TEXT, script)?;
+    let case = Case::script(PRINT_TEXT, script)?;
     case.project.write("app/parts/a", "")?;
     assert!(case.runs()? && !case.runs()?);
     case.project.write("app/parts/b", "")?;
@@ -235,7 +221,7 @@ fn variables_count_where_a_script_can_know_of_them() -> Result<()> {
         let read = |name: String| env::var(name).unwrap_or_default();\n\
         let text = [env::var(\"NAMED_SETTING\").unwrap_or_default(), read([\"TOLD\", \"SETTING\"].join(\"_\")), read([\"LISTED\", \"SETTING\"].join(\"_\")), read([\"HIDDEN\", \"SETTING\"].join(\"_\"))];\n\
         fs::write(out.join(\"text.txt\"), text.join(\",\")).unwrap();";
-    let mut case = Case::new(PRINT_TEXT, script)?;
+    let mut case = Case::script(PRINT_TEXT, script)?;
     case.machine.set("CACHEC_ENV", "LISTED_SETTING");
     assert!(case.runs()? && !case.runs()?);
     for (name, printed) in
@@ -275,7 +261,7 @@ fn what_depends_on_more_than_files_is_not_stored() -> Result<()> {
             "Command::new(\"sh\").args([\"-c\", \"exec >/dev/null 2>&1; sleep 3 &\"]).status().unwrap();",
         ),
     ] {
-        let case = Case::new(PRINT_TEXT, &format!("{body}\n{text}"))?;
+        let case = Case::script(PRINT_TEXT, &format!("{body}\n{text}"))?;
         if reason == "writes-elsewhere" {
             // What is there the second time is replaced, which is another reason.
             assert!(case.runs()?);
@@ -301,7 +287,7 @@ fn what_is_read_through_own_links_is_read() -> Result<()> {
              Command::new(\"rm\").arg(\"-r\").arg(out.join(\"a\")).status().unwrap();\n\
              fs::write(out.join(\"text.txt\"), text).unwrap();"
         );
-        let case = Case::new(PRINT_TEXT, &script)?;
+        let case = Case::script(PRINT_TEXT, &script)?;
         case.project.write("app/data/data.txt", "one")?;
         assert!(case.runs()?);
         // A new name of a file changes its ctime: it may have changed meanwhile, so that run is not stored.
@@ -317,7 +303,7 @@ fn what_is_read_through_own_links_is_read() -> Result<()> {
 fn a_link_to_a_device_that_is_looked_at() -> Result<()> {
     let script =
         "fs::write(out.join(\"text.txt\"), fs::metadata(\"link\").unwrap().is_file().to_string()).unwrap();";
-    let case = Case::new(PRINT_TEXT, script)?;
+    let case = Case::script(PRINT_TEXT, script)?;
     let link = case.project.root.join("app/link");
     std::os::unix::fs::symlink("/dev/null", &link)?;
     assert!(case.runs()? && !case.runs()?, "{}", case.statistics()?);
@@ -333,7 +319,7 @@ fn compiling_for_this_cpu_makes_it_an_input() -> Result<()> {
     let script = "let run = |flag: &str| assert!(Command::new(\"cc\").args([\"-c\", flag, \"a.c\", \"-o\"]).arg(out.join(\"a.o\")).status().unwrap().success());\n\
         run(\"FLAG\"); fs::write(out.join(\"text.txt\"), \"x\").unwrap();";
     for (flag, counts) in [("-O1", false), ("-march=native", true)] {
-        let case = Case::new(PRINT_TEXT, &script.replace("FLAG", flag))?;
+        let case = Case::script(PRINT_TEXT, &script.replace("FLAG", flag))?;
         case.project.write("app/a.c", "int a;")?;
         assert!(case.runs()? && !case.runs()?);
         let is_cpu = |input: &cachec_protocol::Input| input.kind == cachec_protocol::InputKind::Cpu;
@@ -348,23 +334,23 @@ fn what_lies_beside_a_checkout_is_not_taken_from_another() -> Result<()> {
     let parent = "fs::read_to_string(PathBuf::from(env::var(\"CARGO_MANIFEST_DIR\").unwrap()).parent().unwrap().parent().unwrap().join(\"VERSION\")).unwrap_or(\"none\".into())";
     let printed = "PathBuf::from(env::var(\"CARGO_MANIFEST_DIR\").unwrap()).parent().unwrap().parent().unwrap().display().to_string()";
     for text in [read, parent, printed] {
-        let case = Case::new(PRINT_TEXT, &format!("fs::write(out.join(\"text.txt\"), {text}).unwrap();"))?;
-        let other = case.project.copy_to(&case.directory.path().join("other/checkout"))?;
-        fs::write(case.directory.path().join("VERSION"), "first")?;
+        let case = Case::script(PRINT_TEXT, &format!("fs::write(out.join(\"text.txt\"), {text}).unwrap();"))?;
+        let other = case.project.copy_to(&case.outside("other/checkout"))?;
+        fs::write(case.outside("VERSION"), "first")?;
         for (version, runs) in
             [(None, true), (Some("second"), true), (Some("second"), false), (Some("third"), true)]
         {
             assert!(case.runs()? || version.is_some());
             let own = case.project.run_app()?;
             if let Some(version) = version {
-                fs::write(case.directory.path().join("other/VERSION"), version)?;
+                fs::write(case.outside("other/VERSION"), version)?;
             }
             other.wipe()?;
             let build = case.machine.cargo(&other.root, &["build"])?;
             assert!(build.success, "{}", build.stderr);
             case.machine.cachec(&other.root, &["flush"])?;
             if text == printed {
-                assert_eq!(other.run_app()?, case.directory.path().join("other").to_string_lossy());
+                assert_eq!(other.run_app()?, case.outside("other").to_string_lossy());
                 continue;
             }
             assert_eq!(
@@ -380,11 +366,11 @@ fn what_lies_beside_a_checkout_is_not_taken_from_another() -> Result<()> {
 
 #[test]
 fn what_is_written_into_a_package_below_the_temporary_directory_is_no_temporary_file() -> Result<()> {
-    let mut case = Case::new(
+    let mut case = Case::script(
         "mod made;\nfn main() { println!(\"{}\", made::TEXT); }",
         "fs::write(\"src/made.rs\", \"pub const TEXT: &str = \\\"made\\\";\").unwrap();",
     )?;
-    case.machine.set("TMPDIR", case.directory.path().to_string_lossy());
+    case.machine.set("TMPDIR", case.outside("").to_string_lossy());
     assert!(case.runs()?);
     fs::remove_file(case.project.root.join("app/src/made.rs"))?;
     assert!(case.runs()?);
@@ -397,7 +383,7 @@ fn whether_a_copied_file_may_be_executed_counts() -> Result<()> {
     let script = "fs::copy(\"tool.sh\", out.join(\"tool.sh\")).unwrap();\n\
         let ran = Command::new(out.join(\"tool.sh\")).status().is_ok();\n\
         fs::write(out.join(\"text.txt\"), ran.to_string()).unwrap();";
-    let case = Case::new(PRINT_TEXT, script)?;
+    let case = Case::script(PRINT_TEXT, script)?;
     case.project.write("app/tool.sh", "#!/bin/sh\n")?;
     assert!(case.runs()? && !case.runs()?);
     assert_eq!(case.project.run_app()?, "false");
@@ -422,7 +408,7 @@ fn directories_links_and_modes_are_restored() -> Result<()> {
         fs::set_permissions(out.join(\"b\"), fs::Permissions::from_mode(0o555)).unwrap();\n\
         std::os::unix::fs::symlink(\"a/tool\", out.join(\"link\")).unwrap();\n\
         fs::write(out.join(\"text.txt\"), fs::read_to_string(out.join(\"link\")).unwrap()).unwrap();";
-    let case = Case::new(PRINT_TEXT, script)?;
+    let case = Case::script(PRINT_TEXT, script)?;
     let picture = || -> Result<String> {
         let out = case.out_directory()?;
         let list =
@@ -453,7 +439,7 @@ fn what_scripts_say_reaches_cargo_as_without_cachec() -> Result<()> {
     let script = "println!(\"cargo:warning=from the script\\ncargo:rustc-env=TOLD=value\\ncargo:rustc-cfg=told\\ncargo:rustc-check-cfg=cfg(told)\\ncargo:key=meta\");\n\
         eprintln!(\"said\");\nfs::write(out.join(\"text.txt\"), \"x\").unwrap();";
     let app = "#[cfg(told)]\nfn main() { println!(\"{} {}\", env!(\"TOLD\"), env!(\"META\")); }";
-    let case = Case::new(
+    let case = Case::script(
         app,
         "println!(\"cargo:rustc-env=META={}\", env::var(\"DEP_NATIVE_KEY\").unwrap()); println!(\"cargo:rustc-cfg=told\"); println!(\"cargo:rustc-check-cfg=cfg(told)\"); println!(\"cargo:rustc-env=TOLD=value\");",
     )?;
@@ -484,7 +470,7 @@ fn what_scripts_say_reaches_cargo_as_without_cachec() -> Result<()> {
 
 #[test]
 fn a_failed_run_is_as_without_cachec() -> Result<()> {
-    let case = Case::new(
+    let case = Case::script(
         PRINT_TEXT,
         "println!(\"cargo:warning=before\"); eprintln!(\"why\"); std::process::exit(7);",
     )?;
@@ -502,8 +488,10 @@ fn a_failed_run_is_as_without_cachec() -> Result<()> {
 
 #[test]
 fn a_script_killed_by_a_signal_is_as_without_cachec() -> Result<()> {
-    let case =
-        Case::new(PRINT_TEXT, "Command::new(\"sh\").args([\"-c\", \"kill -9 $PPID\"]).status().unwrap();")?;
+    let case = Case::script(
+        PRINT_TEXT,
+        "Command::new(\"sh\").args([\"-c\", \"kill -9 $PPID\"]).status().unwrap();",
+    )?;
     let build = case.machine.cargo(&case.project.root, &["build"])?;
     assert!(!build.success && build.stderr.contains("signal: 9"), "{}", build.stderr);
     Ok(())
@@ -511,7 +499,8 @@ fn a_script_killed_by_a_signal_is_as_without_cachec() -> Result<()> {
 
 #[test]
 fn a_target_directory_works_without_cachec_afterwards() -> Result<()> {
-    let case = Case::new(PRINT_TEXT, &format!("println!(\"cargo:rerun-if-changed=data.txt\");{WRITE_TEXT}"))?;
+    let case =
+        Case::script(PRINT_TEXT, &format!("println!(\"cargo:rerun-if-changed=data.txt\");{WRITE_TEXT}"))?;
     case.project.write("app/data.txt", "one")?;
     case.build()?;
     // Neither the wrapper nor an agent: cargo starts the launcher, which runs the program.
@@ -545,7 +534,7 @@ fn a_script_that_builds_with_cargo_is_stored_as_a_whole() -> Result<()> {
         let built = Command::new(rustc).arg(env::var(\"RUSTC\").unwrap()).arg(\"-o\").arg(out.join(\"tool\")).arg(out.join(\"inner/src/main.rs\")).args([\"--crate-name\", \"inner\"]).status().unwrap();\n\
         assert!(built.success());\n\
         fs::write(out.join(\"text.txt\"), Command::new(out.join(\"tool\")).output().unwrap().stdout).unwrap();";
-    let case = Case::new(PRINT_TEXT, script)?;
+    let case = Case::script(PRINT_TEXT, script)?;
     assert!(case.runs()?);
     let warm = case.build()?;
     assert!(warm.compiled.is_empty(), "{:?} {}", warm.compiled, case.statistics()?);
@@ -555,7 +544,7 @@ fn a_script_that_builds_with_cargo_is_stored_as_a_whole() -> Result<()> {
 
 #[test]
 fn without_a_tracer_scripts_are_simply_run() -> Result<()> {
-    let case = Case::new(PRINT_TEXT, WRITE_TEXT)?;
+    let case = Case::script(PRINT_TEXT, WRITE_TEXT)?;
     case.project.write("app/data.txt", "one")?;
     let build = || -> Result<Build> {
         case.project.wipe()?;
