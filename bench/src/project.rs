@@ -91,6 +91,22 @@ impl Project {
         }
     }
 
+    /// The libraries and proc macros that were compiled.
+    ///
+    /// # Errors
+    /// Where nothing was.
+    pub fn compiled_libraries(&self) -> anyhow::Result<Vec<PathBuf>> {
+        let mut libraries = Vec::new();
+        for entry in fs::read_dir(self.root.join("target/debug/deps"))? {
+            let path = entry?.path();
+            let extension = path.extension().unwrap_or_default();
+            if ["rlib", "rmeta", "so"].iter().any(|kind| extension == *kind) {
+                libraries.push(path);
+            }
+        }
+        Ok(libraries)
+    }
+
     /// Runs the program `app` and returns what it prints.
     ///
     /// # Errors

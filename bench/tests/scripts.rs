@@ -115,6 +115,21 @@ fn a_moved_checkout_is_restored_with_its_own_paths() -> Result<()> {
 }
 
 #[test]
+fn what_cargo_has_made_so_far_is_no_input() -> Result<()> {
+    // As clang's search for its library does, in the directories of LD_LIBRARY_PATH.
+    let script = "let profile = out.ancestors().nth(3).unwrap();\n\
+        for directory in [profile.to_owned(), profile.join(\"deps\")] { fs::read_dir(directory).unwrap().count(); }\n\
+        fs::write(out.join(\"text.txt\"), \"text\").unwrap();";
+    let case = Case::script(PRINT_TEXT, script)?;
+    assert!(case.runs()?);
+    case.project.wipe()?;
+    case.project.write("target/debug/deps/libother-0123456789abcdef.rlib", "made earlier this time")?;
+    let build = case.machine.cargo(&case.project.root, &["build"])?;
+    assert!(build.success && !was_run(&build), "{}", build.stderr);
+    Ok(())
+}
+
+#[test]
 fn c_code_is_compiled_once() -> Result<()> {
     let script = "let run = |program: &str, words: &[&str]| assert!(Command::new(program).args(words).status().unwrap().success());\n\
         let object = out.join(\"answer.o\");\n\

@@ -2,10 +2,11 @@
 //! that input taken out of the stored result, the stale program really appears (so the test can fail).
 
 use std::fs;
-use std::path::Path;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use cachec_bench::case::{Case, PRINT_MADE};
 use cachec_bench::{Build, Project};
 
@@ -325,27 +326,34 @@ fn clippy_settings_that_appear() -> Result<()> {
 
 #[test]
 fn an_output_edited_in_place_is_not_restored_elsewhere() -> Result<()> {
-    let case = Case::new("fn main() { println!(\"{}\", inner::get()); }\n", &["inner"])?;
+    let case =
+        Case::new("fn main() { println!(\"{} {}\", inner::get(), maker::made!()); }\n", &["inner", "maker"])?;
+    let case = case.with_macro("\"macro\".to_owned()")?;
     case.project.package("inner", &[])?;
     case.project.write("inner/src/lib.rs", "pub fn get() -> &'static str { \"unchanged\" }\n")?;
-    case.build()?;
-    // Restored, and so perhaps a link into the tier.
-    case.build()?;
-    let deps = case.project.root.join("target/debug/deps");
-    let library = fs::read_dir(&deps)?
-        .flatten()
-        .map(|entry| entry.path())
-        .find(|path| path.extension().is_some_and(|extension| extension == "rlib"))
-        .context("no library")?;
-    let mut content = fs::read(&library)?;
-    let modified = fs::metadata(&library)?.modified()?;
-    content.iter_mut().skip(200).for_each(|byte| *byte = 0);
-    fs::write(&library, content)?;
-    fs::File::options().append(true).open(&library)?.set_modified(modified)?;
-    fs::write(case.project.root.join("app/src/main.rs"), "fn main() { println!(\"{}!\", inner::get()); }\n")?;
-    let build = case.build()?;
-    assert!(build.success, "{}", build.stderr);
-    assert_eq!(case.project.run_app()?, "unchanged!");
+    for restored in [false, true] {
+        // What was compiled, and what was restored, is perhaps the very file that the tier has.
+        case.build()?;
+        let libraries = case.project.compiled_libraries()?;
+        assert_eq!(libraries.len(), 3, "{libraries:?}");
+        if !restored {
+            let links = |path: &PathBuf| fs::metadata(path).map(|metadata| metadata.nlink());
+            let links = libraries.iter().map(links).collect::<Result<Vec<_>, _>>()?;
+            assert!(links.iter().all(|count| *count > 1), "copied, not linked, into the tier: {links:?}");
+        }
+        for library in libraries {
+            let mut content = fs::read(&library)?;
+            let modified = fs::metadata(&library)?.modified()?;
+            content.iter_mut().skip(200).for_each(|byte| *byte = 0);
+            fs::write(&library, content)?;
+            fs::File::options().append(true).open(&library)?.set_modified(modified)?;
+        }
+        let app =
+            format!("fn main() {{ println!(\"{{}} {{}}{restored}\", inner::get(), maker::made!()); }}\n");
+        case.project.write("app/src/main.rs", &app)?;
+        case.build()?;
+        assert_eq!(case.project.run_app()?, format!("unchanged macro{restored}"));
+    }
     Ok(())
 }
 

@@ -108,6 +108,10 @@ impl Invocation {
             || self.emits.iter().any(|kind| !plain_emits.contains(&kind.as_str()))
     }
 
+    pub(crate) fn is_proc_macro(&self) -> bool {
+        self.crate_types == ["proc-macro"]
+    }
+
     fn emits(&self, kind: &str) -> bool {
         self.emits.iter().any(|emitted| emitted == kind)
     }

@@ -130,9 +130,17 @@ impl LocalTier {
     /// # Errors
     /// Those of creating a file.
     pub(crate) fn stage(&self) -> io::Result<tempfile::NamedTempFile> {
-        tempfile::Builder::new()
-            .permissions(PermissionsExt::from_mode(0o666))
-            .tempfile_in(self.root.join("staging"))
+        let directory = self.root.join("staging");
+        let stage =
+            || tempfile::Builder::new().permissions(PermissionsExt::from_mode(0o666)).tempfile_in(&directory);
+        match stage() {
+            // Somebody has removed the whole tier under a living agent.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                fs::create_dir_all(&directory)?;
+                stage()
+            }
+            staged => staged,
+        }
     }
 
     /// Gives an open file another name, to be kept as an object: nothing is copied. For files that nobody edits in
@@ -341,6 +349,15 @@ mod tests {
         assert_eq!(tier.manifest(&first.action_key), std::slice::from_ref(&first));
         let has = |result: &StoredResult| tier.object(&result.outputs[0].digest, &memo).is_ok();
         assert!(has(&first) && has(&fourth) && !has(&second));
+    }
+
+    #[test]
+    fn a_tier_that_was_removed_is_filled_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let tier = LocalTier::open(directory.path(), 1 << 20).unwrap();
+        fs::remove_dir_all(directory.path().join("v1")).unwrap();
+        let result = store(&tier, &Memo::default(), 1, b"content");
+        assert_eq!(tier.manifest(&result.action_key), std::slice::from_ref(&result));
     }
 
     #[test]

@@ -81,6 +81,14 @@ impl Script {
         target_directory(&self.output_directory, OsStr::new(&self.target))
     }
 
+    /// Directories that cargo fills while scripts run, and searches libraries in for them: `target/PROFILE` and its
+    /// `deps`. What is there at some moment is chance.
+    pub(crate) fn directories_of_cargo(&self) -> impl Iterator<Item = PathBuf> {
+        let profile = self.output_directory.ancestors().nth(3).map(Path::to_owned);
+        let dependencies = profile.as_ref().map(|profile| profile.join("deps"));
+        profile.into_iter().chain(dependencies)
+    }
+
     /// Checks that a run may be stored at all: it began with nothing, and cargo will not run it again anyway.
     ///
     /// # Errors

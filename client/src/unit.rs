@@ -154,11 +154,12 @@ impl Unit {
         }
     }
 
-    /// Whether an output is only ever replaced by another file, and never edited in place: a dependency's library,
-    /// which rustc renames to its place, and a build script's program, which is kept beside its launcher.
+    /// Whether an output is only ever replaced by another file, and edited in place by nobody: a library, which rustc
+    /// renames to its place, a proc macro, and a build script's program, which is kept beside its launcher.
     pub(crate) fn is_only_replaced(&self, name: &str) -> bool {
         self.invocation().is_some_and(|invocation| {
-            invocation.script_program() == Some(name) || (name.ends_with(".rlib") && !self.is_primary)
+            let is_library = name.ends_with(".rlib") || name.ends_with(".rmeta");
+            is_library || invocation.is_proc_macro() || invocation.script_program() == Some(name)
         })
     }
 
@@ -263,9 +264,11 @@ impl Unit {
     pub(crate) fn places(&self) -> Places {
         let bytes = |path: PathBuf| path.into_os_string().into_vec();
         let own = self.script().filter(|script| script.starts_clean).map(|script| &script.output_directory);
+        let searched = self.searched_directories().map(|path| self.absolute(path));
+        let filled = self.script().into_iter().flat_map(Script::directories_of_cargo);
         Places {
             output_directory: bytes(self.output_directory()),
-            searched: self.searched_directories().map(|path| bytes(self.absolute(path)).into()).collect(),
+            searched: searched.chain(filled).map(|path| bytes(path).into()).collect(),
             own: own.into_iter().map(|path| bytes(path.clone()).into()).collect(),
             caches: self.tool_caches().into_iter().map(|path| bytes(path).into()).collect(),
         }

@@ -289,11 +289,10 @@ impl<'a> Stager<'a> {
     fn may_link(&self, output: &Output, object: &Path) -> bool {
         let has_fresh_companion = self.result.outputs.iter().any(|other| other.name.ends_with(".rmeta"));
         let has_mode = |metadata: fs::Metadata| metadata.mode() & 0o777 == self.permissions(output).mode();
-        // Of a program's launcher cargo sees a fresh time, too.
-        let is_program = launcher::kept_program(self.unit).is_some();
-        self.unit.is_only_replaced(&output.name)
-            && (has_fresh_companion || is_program)
-            && fs::metadata(object).is_ok_and(has_mode)
+        let is_library = output.name.ends_with(".rlib") && has_fresh_companion && !self.unit.is_primary;
+        // Of its launcher cargo sees a fresh time, too.
+        let is_program = launcher::kept_program(self.unit).is_some_and(|(name, _)| name == output.name);
+        self.tree.is_none() && (is_library || is_program) && fs::metadata(object).is_ok_and(has_mode)
     }
 
     /// The mode that a compiler gives its outputs.
