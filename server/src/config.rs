@@ -54,6 +54,11 @@ pub struct ServeArguments {
     #[arg(long, env = "CACHEC_SERVER_MAX_UPLOADS", default_value_t = 16,
           value_parser = clap::value_parser!(u16).range(1..=256))]
     max_uploads: u16,
+    /// Level at which blobs are compressed again in the background, at the lowest priority; 0 for never. 19 takes
+    /// up to 300 MiB of memory meanwhile
+    #[arg(long, env = "CACHEC_SERVER_RECOMPRESS_LEVEL", default_value_t = 19,
+          value_parser = clap::value_parser!(i32).range(0..=19))]
+    recompress_level: i32,
     /// Listen beyond loopback without any token
     #[arg(long, env = "CACHEC_SERVER_OPEN")]
     open: bool,
@@ -76,6 +81,7 @@ impl ServeArguments {
                 max_size_bytes: self.max_size,
                 max_blob_bytes: self.max_blob_size,
             },
+            recompress_level: (self.recompress_level > 0).then_some(self.recompress_level),
             open: self.open,
             limits: Limits { uploads: usize::from(self.max_uploads), ..Limits::default() },
             deadlines: Deadlines::default(),

@@ -39,6 +39,8 @@ pub struct Metrics {
     pub upload_seconds: Histogram,
     evicted_entries: IntCounter,
     evicted_bytes: IntCounter,
+    recompressed_blobs: IntCounter,
+    saved_bytes: IntCounter,
 }
 
 impl Metrics {
@@ -76,6 +78,11 @@ impl Metrics {
             )?,
             evicted_entries: counter("cachec_evicted_entries_total", "Entries evicted.")?,
             evicted_bytes: counter("cachec_evicted_bytes_total", "Bytes evicted.")?,
+            recompressed_blobs: counter(
+                "cachec_recompressed_blobs_total",
+                "Blobs that were compressed again, to fewer bytes.",
+            )?,
+            saved_bytes: counter("cachec_recompression_saved_bytes_total", "Bytes that this has freed.")?,
             registry,
         })
     }
@@ -87,6 +94,9 @@ impl Metrics {
     pub fn render(&self, stats: &StoreStats) -> prometheus::Result<String> {
         self.evicted_entries.inc_by(stats.evicted_entries.saturating_sub(self.evicted_entries.get()));
         self.evicted_bytes.inc_by(stats.evicted_bytes.saturating_sub(self.evicted_bytes.get()));
+        let recompressed = stats.recompressed_blobs.saturating_sub(self.recompressed_blobs.get());
+        self.recompressed_blobs.inc_by(recompressed);
+        self.saved_bytes.inc_by(stats.saved_bytes.saturating_sub(self.saved_bytes.get()));
         let mut text = Vec::new();
         TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
         TextEncoder::new().encode(&store_registry(stats)?.gather(), &mut text)?;

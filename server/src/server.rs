@@ -26,6 +26,8 @@ pub struct ServerOptions {
     pub listen: SocketAddr,
     /// The store.
     pub store: EmbeddedOptions,
+    /// The level at which blobs are compressed again, if they are.
+    pub recompress_level: Option<i32>,
     /// Whether it may listen beyond loopback without tokens.
     pub open: bool,
     /// What bounds its work.
@@ -39,6 +41,7 @@ pub struct Server {
     listener: TcpListener,
     address: SocketAddr,
     store: Embedded,
+    recompress_level: Option<i32>,
     app: App,
     deadlines: Deadlines,
 }
@@ -68,7 +71,14 @@ impl Server {
         let metrics = Arc::new(Metrics::new()?);
         let metered = Metered::new(store.clone(), Arc::clone(&metrics));
         let app = App::new(Arc::new(metered), Arc::new(tokens), metrics, options.limits);
-        Ok(Self { address: listener.local_addr()?, listener, store, app, deadlines: options.deadlines })
+        Ok(Self {
+            address: listener.local_addr()?,
+            listener,
+            store,
+            recompress_level: options.recompress_level,
+            app,
+            deadlines: options.deadlines,
+        })
     }
 
     /// Where it listens.
@@ -85,10 +95,16 @@ impl Server {
 
     /// Serves until `stop` is ready, and then until the requests in flight are answered.
     pub async fn serve(self, stop: impl Future<Output = ()>) {
+        let recompression = self.recompress_level.and_then(|level| {
+            let started = self.store.recompress(level);
+            started.inspect_err(|error| tracing::error!(%error, "blobs are not recompressed")).ok()
+        });
         let maintenance = tokio::spawn(maintain(self.store));
         let metrics = Arc::clone(&self.app.metrics);
         connection::serve(self.listener, app::router(self.app), metrics, self.deadlines, stop).await;
         maintenance.abort();
+        // Waits for its thread.
+        let _ = tokio::task::spawn_blocking(move || drop(recompression)).await;
     }
 }
 

@@ -195,6 +195,10 @@ pub struct StoreStats {
     pub evicted_entries: u64,
     /// Bytes evicted.
     pub evicted_bytes: u64,
+    /// Blobs whose bytes have become fewer.
+    pub recompressed_blobs: u64,
+    /// How many fewer.
+    pub saved_bytes: u64,
     /// RocksDB's figures: name of the metric without prefix, and value.
     pub database: Vec<(&'static str, u64)>,
 }

@@ -89,6 +89,7 @@ pub(crate) fn options(data: &Path, max_size_bytes: u64) -> ServerOptions {
     ServerOptions {
         listen: SocketAddr::from(([127, 0, 0, 1], 0)),
         store: EmbeddedOptions { directory: data.to_owned(), max_size_bytes, max_blob_bytes: 32 * MIB },
+        recompress_level: None,
         open: false,
         limits: Limits::default(),
         deadlines: Deadlines::default(),

@@ -212,7 +212,7 @@ impl Engine {
 }
 
 /// Deletes a blob's data with the batch: inline data at once, a file by dooming it.
-fn doom_data(
+pub(super) fn doom_data(
     batch: &mut Batch<'_>,
     totals: &mut Totals,
     key: &[u8],

@@ -24,6 +24,9 @@ pub(super) struct Ledger {
     pub(super) reserved_bytes: u64,
     pub(super) evicted_entries: u64,
     pub(super) evicted_bytes: u64,
+    pub(super) recompressed_blobs: u64,
+    /// Bytes that recompression has freed.
+    pub(super) saved_bytes: u64,
     /// Files whose rows are gone and that wait for being unlinked; still counted in the totals.
     pub(super) doomed: Vec<DoomedFile>,
     /// Those that could not be unlinked.

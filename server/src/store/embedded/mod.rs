@@ -6,7 +6,7 @@
 //!                  server out
 //!   blobs/00 … ff/ larger blobs, by the first two digits of their digest:
 //!                  <digest>-<number, 16 hex digits>-<namespace>
-//!                  zstd frames, as they were uploaded
+//!                  zstd frames, as they were uploaded or recompressed
 //!   staging/       uploads that are not verified yet; emptied at start
 //!   tokens/        one file per token (see tokens.rs)
 //! ```
@@ -23,7 +23,7 @@
 //! - The space account holds at every moment (see ledger.rs). Beyond it the directory holds what RocksDB
 //!   works with; [`working_bytes`] of the configured size are kept aside for that.
 //!
-//! Locks, in order: ledger, then touches. Whoever writes entries holds the ledger; reads take neither. A
+//! Locks, in order: ledger, then touches or fresh. Whoever writes entries holds the ledger; reads take neither. A
 //! reservation is never dropped with the ledger held.
 //!
 //! Every call that touches RocksDB or a file runs on tokio's blocking threads: most take microseconds, but a
@@ -34,10 +34,12 @@ mod access;
 mod database;
 mod eviction;
 mod ledger;
+mod recompress;
 mod results;
 mod rows;
 mod upload;
 
+use std::collections::VecDeque;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -51,6 +53,7 @@ use cachec_protocol::{ActionKey, Digest};
 
 use self::database::{Database, Family, is_absent};
 use self::ledger::Ledger;
+pub use self::recompress::Recompression;
 use self::rows::{BlobHome, Entry};
 use super::{
     BlobLengths, BlobSource, BlobUpload, OpenBlob, Publication, PutOutcome, Store, StoreError, StoreFuture,
@@ -91,6 +94,8 @@ struct Engine {
     touches: Mutex<Vec<(Entry, u64)>>,
     /// The last sequence number that was given.
     sequence: AtomicU64,
+    /// Keys of blobs that came as files and wait for being recompressed.
+    fresh: Mutex<VecDeque<Vec<u8>>>,
 }
 
 /// The paths of a data directory.
@@ -121,6 +126,7 @@ impl Embedded {
             sequence: AtomicU64::new(ledger.totals.sequence),
             ledger: Mutex::new(ledger),
             touches: Mutex::new(Vec::new()),
+            fresh: Mutex::default(),
         };
         engine.finish_removals()?;
         // The limit may have been lowered.
@@ -146,6 +152,14 @@ impl Embedded {
     pub fn close(&self) -> Result<(), StoreError> {
         let applied = self.engine.apply_touches(&mut self.engine.ledger());
         self.engine.database.close().and(applied)
+    }
+
+    /// Starts to compress blobs again at a higher level, in the background, until what is returned is dropped.
+    ///
+    /// # Errors
+    /// Where no thread can be started.
+    pub fn recompress(&self, level: i32) -> io::Result<Recompression> {
+        Recompression::start(Arc::clone(&self.engine), level)
     }
 
     fn run<T, F>(&self, work: F) -> StoreFuture<'_, T>
@@ -269,6 +283,8 @@ impl Engine {
             results: ledger.totals.results,
             evicted_entries: ledger.evicted_entries,
             evicted_bytes: ledger.evicted_bytes,
+            recompressed_blobs: ledger.recompressed_blobs,
+            saved_bytes: ledger.saved_bytes,
             database,
         }
     }

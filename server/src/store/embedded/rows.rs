@@ -93,6 +93,9 @@ pub(super) struct BlobRow {
     /// When it was last used.
     #[n(4)]
     pub(super) sequence: u64,
+    /// The level that it was compressed again at, whether or not that made it smaller; see `recompress.rs`.
+    #[n(5)]
+    pub(super) level: Option<i32>,
 }
 
 impl BlobRow {
@@ -102,7 +105,7 @@ impl BlobRow {
     }
 
     /// The part of [`Self::charge_bytes`] that its data is.
-    fn data_bytes(&self) -> u64 {
+    pub(super) fn data_bytes(&self) -> u64 {
         match self.home {
             BlobHome::Inline => row_bytes(self.stored_bytes),
             BlobHome::File(_) => file_bytes(self.stored_bytes),
@@ -251,6 +254,7 @@ mod tests {
             home: BlobHome::File(3),
             references: 2,
             sequence: 1,
+            level: None,
         };
         assert_eq!(codec::encode(&row), [0xa5, 0, 5, 1, 4, 2, 0x82, 1, 0x81, 3, 3, 2, 4, 1]);
         assert_eq!(decode::<BlobRow>(&codec::encode(&row), "blob").unwrap(), row);

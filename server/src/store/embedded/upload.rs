@@ -17,7 +17,7 @@ use std::sync::Arc;
 use cachec_protocol::Digest;
 use cachec_protocol::pack::Decompressor;
 
-use super::database::Family;
+use super::database::{Batch, Family};
 use super::ledger::{Ledger, Reservation};
 use super::rows::{self, BlobHome, BlobRow, DoomedRow, Entry, INLINE_BYTES};
 use super::{DataDirectory, Engine};
@@ -50,24 +50,30 @@ impl Engine {
             home: BlobHome::Inline,
             references: 0,
             sequence: 0,
+            level: None,
         };
-        if staged.file.is_some() {
-            self.commit_file(&key, row, staged)
-        } else {
-            let mut ledger = self.ledger();
-            let outcome = self.commit_blob(&mut ledger, &key, row, &mut staged);
-            // Whatever is left of the reservation is given back, for which the lock must be free.
-            drop(ledger);
-            outcome
+        let is_file = staged.file.is_some();
+        let outcome = self.commit_staged(&key, row, &mut staged, |ledger, row, staged| {
+            self.commit_blob(ledger, &key, row, staged)
+        })?;
+        if is_file && outcome == PutOutcome::Created {
+            self.note_fresh(key);
         }
+        Ok(outcome)
     }
 
-    fn commit_file(
+    /// Brings a staged blob to where it stays, and has `commit` make it visible there.
+    pub(super) fn commit_staged(
         &self,
         key: &[u8],
         mut row: BlobRow,
-        mut staged: Staged,
+        staged: &mut Staged,
+        commit: impl FnOnce(&mut Ledger, BlobRow, &mut Staged) -> Result<PutOutcome, StoreError>,
     ) -> Result<PutOutcome, StoreError> {
+        if staged.file.is_none() {
+            row.home = BlobHome::Inline;
+            return commit(&mut self.ledger(), row, staged);
+        }
         let number = self.next_sequence();
         let name = DataDirectory::blob_name(key, number)?;
         row.home = BlobHome::File(number);
@@ -75,23 +81,12 @@ impl Engine {
         batch.put_row(Family::Doomed, name.as_bytes(), &DoomedRow { counted_bytes: 0 })?;
         batch.write()?;
         self.database.sync()?;
-        let outcome = self.place_file(key, row, &name, &mut staged);
+        let moved = staged.move_to(&self.directory.blob_path(&name)).map_err(StoreError::Write);
+        let outcome = moved.and_then(|()| commit(&mut self.ledger(), row, staged));
         if !matches!(outcome, Ok(PutOutcome::Created)) {
             self.abandon_file(&name);
         }
         outcome
-    }
-
-    fn place_file(
-        &self,
-        key: &[u8],
-        row: BlobRow,
-        name: &str,
-        staged: &mut Staged,
-    ) -> Result<PutOutcome, StoreError> {
-        staged.move_to(&self.directory.blob_path(name)).map_err(StoreError::Write)?;
-        let mut ledger = self.ledger();
-        self.commit_blob(&mut ledger, key, row, staged)
     }
 
     /// Removes a file that was put in place and is not to be. Where that fails, its `doomed` row stays and the
@@ -133,17 +128,27 @@ impl Engine {
         if row.references == 0 {
             batch.put(Family::Lru, &Entry::blob(key).lru_key(row.sequence), &[])?;
         }
-        match row.home {
-            BlobHome::File(number) => {
-                batch.delete(Family::Doomed, DataDirectory::blob_name(key, number)?.as_bytes())?;
-            }
-            _ => batch.put(Family::BlobData, key, &staged.memory)?,
-        }
+        put_data(&mut batch, key, &row, staged)?;
         batch.put_row(Family::Blobs, key, &row)?;
         totals.stored_bytes = totals.stored_bytes.saturating_add(row.charge_bytes());
         self.commit(ledger, batch, totals)?;
         staged.reservation.spend(ledger);
         Ok(PutOutcome::Created)
+    }
+}
+
+/// Puts small data into the batch, or takes a file that is in its place off the list of the doomed.
+pub(super) fn put_data(
+    batch: &mut Batch<'_>,
+    key: &[u8],
+    row: &BlobRow,
+    staged: &Staged,
+) -> Result<(), StoreError> {
+    match row.home {
+        BlobHome::File(number) => {
+            batch.delete(Family::Doomed, DataDirectory::blob_name(key, number)?.as_bytes())
+        }
+        _ => batch.put(Family::BlobData, key, &staged.memory),
     }
 }
 
@@ -201,15 +206,15 @@ impl Read for Tee<'_> {
 }
 
 /// A body that is being received: in memory while it is small, then in a file. Dropping it leaves nothing.
-struct Staged {
-    memory: Vec<u8>,
+pub(super) struct Staged {
+    pub(super) memory: Vec<u8>,
     file: Option<StagedFile>,
-    length: u64,
+    pub(super) length: u64,
     announced: bool,
     limit_bytes: u64,
     path: PathBuf,
     // Last, so that it is given back when the file is gone.
-    reservation: Reservation,
+    pub(super) reservation: Reservation,
 }
 
 /// A file in the staging directory, removed when it is dropped.
@@ -219,7 +224,7 @@ struct StagedFile {
 }
 
 impl Staged {
-    fn new(engine: &Arc<Engine>, announced_bytes: Option<u64>) -> Result<Self, StoreError> {
+    pub(super) fn new(engine: &Arc<Engine>, announced_bytes: Option<u64>) -> Result<Self, StoreError> {
         let limit_bytes = most_stored_bytes(engine.max_blob_bytes);
         if announced_bytes.is_some_and(|length| length > limit_bytes) {
             return Err(StoreError::TooLarge { limit_bytes: engine.max_blob_bytes });
@@ -232,7 +237,7 @@ impl Staged {
         Ok(Self { memory: Vec::new(), file: None, length: 0, announced, limit_bytes, path, reservation })
     }
 
-    fn write(&mut self, bytes: &[u8]) -> Result<(), StoreError> {
+    pub(super) fn write(&mut self, bytes: &[u8]) -> Result<(), StoreError> {
         let length = self.length + bytes.len() as u64;
         if length > self.limit_bytes {
             return Err(StoreError::TooLarge { limit_bytes: self.limit_bytes });
@@ -255,7 +260,7 @@ impl Staged {
         Ok(())
     }
 
-    fn sync(&mut self) -> io::Result<()> {
+    pub(super) fn sync(&mut self) -> io::Result<()> {
         let Some(file) = &mut self.file else { return Ok(()) };
         file.writer.flush()?;
         file.writer.get_ref().sync_all()
