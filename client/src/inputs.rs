@@ -263,19 +263,21 @@ impl Gatherer<'_> {
             identity == seen || (identity.same_content_times(&seen) && identity.ctime_ns <= self.started_ns);
         // Cargo sets the times of a dependency that it has checked while dependents run; compilers replace
         // such files by others.
-        let retimed = identity.same_file(&seen) && self.is_dependency(path);
+        let is_library =
+            ["rmeta", "rlib"].iter().any(|kind| path.extension().is_some_and(|own| own == *kind));
+        // The local tier may have got a link to it, a proc macro included.
+        let is_same = if is_library { identity.same_file(&seen) } else { identity.same_content_times(&seen) };
+        let retimed = is_same && self.is_dependency(path);
         if !unchanged && !retimed {
             return Err(NotStorable::InputChanged);
         }
         self.input(InputKind::File, &access.path, Some(digest))
     }
 
-    /// Whether a file is a compiled library in one of the directories where dependencies are searched.
+    /// Whether a file is in one of the directories where compiled dependencies are searched.
     fn is_dependency(&self, path: &Path) -> bool {
-        let is_library =
-            path.extension().is_some_and(|extension| extension == "rmeta" || extension == "rlib");
         let mut directories = self.unit.searched_directories();
-        is_library && directories.any(|directory| path.parent() == Some(&self.unit.absolute(directory)))
+        directories.any(|directory| path.parent() == Some(&self.unit.absolute(directory)))
     }
 
     /// A variable that was read. Where its value names a root, the output may depend on the path itself:

@@ -8,6 +8,7 @@
 //! Invariant: nothing here may break, hang or change a build. When unsure, the compiler runs.
 
 mod agent;
+mod batch;
 mod breaker;
 mod cli;
 mod config;

@@ -18,11 +18,12 @@ use cachec_protocol::message::{
     BlobList, CBOR, ErrorBody, FRAMES, LookupRequest, LookupResponse, Manifest, PROTOCOL_HEADER,
     PROTOCOL_VERSION, PublishRequest, ZSTD,
 };
-use cachec_protocol::{ActionKey, Digest, decode, encode};
+use cachec_protocol::{ActionKey, Digest, StoredResult, decode, encode};
 use futures_util::{Stream, StreamExt};
 use reqwest::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use reqwest::{Body, Method, Response, StatusCode};
 
+use crate::batch::Batch;
 use crate::breaker::Breaker;
 use crate::config::{Config, Token};
 
@@ -34,6 +35,8 @@ const STALL_TIMEOUT: Duration = Duration::from_secs(2);
 /// An upload may take this long, and a second more for each [`UPLOAD_BYTES_PER_SECOND`].
 const UPLOAD_TIMEOUT: Duration = Duration::from_secs(10);
 const UPLOAD_BYTES_PER_SECOND: u64 = 100_000;
+/// Most that one request asks about.
+const MAX_BATCH: usize = 256;
 /// Time that reads may cost before they have saved any.
 const READ_GRACE_MS: u64 = 15_000;
 /// Flow-control windows: what a 1 Gbit/s line with 20 ms round trip holds, and more for the connection.
@@ -96,6 +99,8 @@ pub(crate) struct Remote {
     saved_ms: AtomicU64,
     pub(crate) received_bytes: AtomicU64,
     pub(crate) sent_bytes: AtomicU64,
+    lookups: Batch<ActionKey, Vec<StoredResult>>,
+    presence: Batch<Digest, bool>,
 }
 
 impl Remote {
@@ -134,7 +139,37 @@ impl Remote {
             saved_ms: AtomicU64::new(0),
             received_bytes: AtomicU64::new(0),
             sent_bytes: AtomicU64::new(0),
+            lookups: Batch::default(),
+            presence: Batch::default(),
         })
+    }
+
+    /// The results of a key that the server knows; `None` where it does not answer. Goes together with what others
+    /// look up.
+    pub(crate) async fn results(&self, key: ActionKey) -> Option<Vec<StoredResult>> {
+        let ask = |keys: Vec<ActionKey>| async move {
+            let Ok(manifests) = self.lookup(keys.clone()).await else { return Vec::new() };
+            let of = |key: &ActionKey| {
+                let own = manifests.iter().filter(|manifest| manifest.action_key == *key);
+                own.flat_map(Manifest::readable_results).collect()
+            };
+            keys.iter().map(of).collect()
+        };
+        self.lookups.ask(key, MAX_BATCH, ask).await
+    }
+
+    /// Whether the server needs a blob. Goes together with what others ask.
+    ///
+    /// # Errors
+    /// See [`RemoteError`]; the result is not uploaded.
+    pub(crate) async fn needs(&self, digest: Digest) -> Result<bool, RemoteError> {
+        let ask = |digests: Vec<Digest>| async move {
+            let Ok(missing) = self.missing(digests.clone()).await else { return Vec::new() };
+            digests.iter().map(|digest| missing.contains(digest)).collect()
+        };
+        // The breaker knows why.
+        let answer = self.presence.ask(digest, MAX_BATCH, ask).await;
+        answer.ok_or_else(|| RemoteError::Unreachable("it does not say what it has".to_owned()))
     }
 
     /// The manifests of those keys that the server knows.
@@ -203,7 +238,7 @@ impl Remote {
     ///
     /// # Errors
     /// See [`RemoteError`]; the result is not uploaded.
-    pub(crate) async fn missing(&self, digests: Vec<Digest>) -> Result<Vec<Digest>, RemoteError> {
+    async fn missing(&self, digests: Vec<Digest>) -> Result<Vec<Digest>, RemoteError> {
         let body = encode(&BlobList { digests });
         let outcome = within(LOOKUP_TIMEOUT, async {
             let response = self.call(&self.writes, Call::post("blobs/missing", body)).await?;

@@ -82,7 +82,7 @@ async fn find_remotely(
     };
     let results = match foretold {
         Some(results) => results,
-        None => ask(remote, unit).await?,
+        None => remote.results(unit.action_key).await?,
     };
     let result = {
         let (agent, unit) = (Arc::clone(agent), Arc::clone(unit));
@@ -117,12 +117,6 @@ async fn find_remotely(
             None
         }
     }
-}
-
-async fn ask(remote: &Remote, unit: &Unit) -> Option<Vec<StoredResult>> {
-    let manifests = remote.lookup(vec![unit.action_key]).await.ok()?;
-    let own = manifests.iter().filter(|manifest| manifest.action_key == unit.action_key);
-    Some(own.flat_map(cachec_protocol::message::Manifest::readable_results).collect())
 }
 
 /// Stages a pack that is here already.

@@ -117,7 +117,7 @@ pub(super) async fn leave_record(agent: &Agent, build: &Build) {
 
 async fn upload(remote: &Remote, recorded: Recorded) -> Result<(), RemoteError> {
     if let (Some(pack), Some(spool)) = (recorded.publish.result.pack, recorded.pack)
-        && !remote.missing(vec![pack.digest]).await?.is_empty()
+        && remote.needs(pack.digest).await?
     {
         put_pack(remote, &pack.digest, spool).await?;
     }

@@ -189,7 +189,7 @@ pub(crate) fn record(
         replaced = unit.roots.found_in(said);
         found.extend(unit.roots.parents_found_in(&stdout));
     }
-    let packer = Packer::new(unit, finished.started_ns, stores, &outputs, text.len() as u64)?;
+    let packer = Packer::new(unit, finished, stores, &outputs, text.len() as u64)?;
     let packed = packer.pack(outputs, &text)?;
     found.extend(packed.found);
     replaced.extend(packed.replaced);
@@ -234,6 +234,8 @@ struct Packed {
 struct Packer<'a> {
     unit: &'a Unit,
     started_ns: i64,
+    /// Where nothing is traced a changed ctime, as a new link leaves, counts as a changed input.
+    is_traced: bool,
     stores: Stores<'a>,
     encoder: Option<zstd::Encoder<'static, SpooledTempFile>>,
     hasher: blake3::Hasher,
@@ -244,7 +246,7 @@ struct Packer<'a> {
 impl<'a> Packer<'a> {
     fn new(
         unit: &'a Unit,
-        started_ns: i64,
+        finished: &Finished,
         stores: Stores<'a>,
         outputs: &OpenOutputs,
         text_bytes: u64,
@@ -262,7 +264,8 @@ impl<'a> Packer<'a> {
         let compressor = || pack::compressor(SpooledTempFile::new(SPOOL_BYTES), length, UPLOAD_LEVEL);
         let encoder = stores.wants_pack.then(compressor).transpose()?;
         let (hasher, found, replaced) = (blake3::Hasher::new(), Vec::new(), Vec::new());
-        Ok(Self { unit, started_ns, stores, encoder, hasher, found, replaced })
+        let (started_ns, is_traced) = (finished.started_ns, finished.trace.is_some());
+        Ok(Self { unit, started_ns, is_traced, stores, encoder, hasher, found, replaced })
     }
 
     /// Adds bytes to the pack and its digest.
@@ -352,7 +355,7 @@ impl<'a> Packer<'a> {
         let link = self
             .stores
             .tier
-            .filter(|_| self.unit.is_only_replaced(&name))
+            .filter(|_| self.is_traced && self.unit.is_only_replaced(&name))
             .and_then(|tier| tier.stage_link(&file).ok());
         let mut copy = match (self.stores.tier, &link) {
             (Some(tier), None) => Some(tier.stage()?),
