@@ -66,14 +66,26 @@ impl Server {
     /// # Errors
     /// Where the server does not answer.
     pub fn requests(&self) -> anyhow::Result<u64> {
+        self.sum_of(|metric| metric.starts_with("cachec_requests_total") && metric.contains("/v1/"))
+    }
+
+    /// Blobs that wait for being compressed again.
+    ///
+    /// # Errors
+    /// Where the server does not answer.
+    pub fn waiting_blobs(&self) -> anyhow::Result<u64> {
+        self.sum_of(|metric| metric.starts_with("cachec_recompression_waiting_blobs "))
+    }
+
+    /// The sum of some metrics.
+    fn sum_of(&self, counts: impl Fn(&str) -> bool) -> anyhow::Result<u64> {
         let address = self.url.strip_prefix("http://").context("a plain server")?;
         let mut stream = TcpStream::connect(address)?;
         stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")?;
         let mut text = String::new();
         stream.read_to_string(&mut text)?;
-        let counts =
-            text.lines().filter(|line| line.starts_with("cachec_requests_total") && line.contains("/v1/"));
-        Ok(counts.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum())
+        let lines = text.lines().filter(|line| counts(line));
+        Ok(lines.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum())
     }
 
     /// Highest resident set of the server so far, in bytes.

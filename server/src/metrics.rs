@@ -118,6 +118,7 @@ fn store_registry(stats: &StoreStats) -> prometheus::Result<Registry> {
     let own = [
         ("stored_bytes", stats.stored_bytes),
         ("reserved_bytes", stats.reserved_bytes),
+        ("recompression_waiting_blobs", stats.waiting_blobs),
         ("limit_bytes", stats.limit_bytes),
         ("stored_blobs", stats.blobs),
         ("stored_results", stats.results),

@@ -142,6 +142,7 @@ fn remote(rig: &Rig, options: &Options, report: &mut Report) -> anyhow::Result<(
         full = Some(server);
     }
     let Some(server) = full else { return Ok(()) };
+    server.settle()?;
     for line in &options.lines {
         for _ in 0..options.repeats {
             rig.forget()?;

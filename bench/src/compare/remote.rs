@@ -13,19 +13,20 @@ use super::rig::Rig;
 use crate::Server;
 
 const START_TIMEOUT: Duration = Duration::from_secs(10);
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(1800);
 
 /// An empty server of an arm's kind; ended when dropped.
 #[derive(Debug)]
 pub(super) struct Remote {
     /// `http://127.0.0.1:PORT`, whatever it speaks.
     pub(super) url: String,
-    _process: Process,
+    process: Process,
     _data: TempDir,
 }
 
 #[derive(Debug)]
 enum Process {
-    Own { _server: Server },
+    Own(Server),
     Foreign(Child),
 }
 
@@ -44,7 +45,7 @@ impl Remote {
         if rig.arm == Arm::Cachec {
             let server = Server::start(data.path(), &[])?;
             let url = server.url.clone();
-            return Ok(Self { url, _process: Process::Own { _server: server }, _data: data });
+            return Ok(Self { url, process: Process::Own(server), _data: data });
         }
         let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
         let number = port.to_string();
@@ -66,6 +67,17 @@ impl Remote {
             anyhow::ensure!(started.elapsed() < START_TIMEOUT, "{command:?} does not listen");
             std::thread::sleep(Duration::from_millis(20));
         }
-        Ok(Self { url: format!("http://127.0.0.1:{port}"), _process: process, _data: data })
+        Ok(Self { url: format!("http://127.0.0.1:{port}"), process, _data: data })
+    }
+
+    /// Waits until the server has nothing to do any more: what follows is another day's build.
+    pub(super) fn settle(&self) -> anyhow::Result<()> {
+        let Process::Own(server) = &self.process else { return Ok(()) };
+        let started = Instant::now();
+        while server.waiting_blobs()? > 0 {
+            anyhow::ensure!(started.elapsed() < SETTLE_TIMEOUT, "the server does not come to rest");
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        Ok(())
     }
 }

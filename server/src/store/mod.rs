@@ -195,6 +195,8 @@ pub struct StoreStats {
     pub evicted_entries: u64,
     /// Bytes evicted.
     pub evicted_bytes: u64,
+    /// Blobs that wait for being compressed again.
+    pub waiting_blobs: u64,
     /// Blobs whose bytes have become fewer.
     pub recompressed_blobs: u64,
     /// How many fewer.

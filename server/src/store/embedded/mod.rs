@@ -283,6 +283,7 @@ impl Engine {
             results: ledger.totals.results,
             evicted_entries: ledger.evicted_entries,
             evicted_bytes: ledger.evicted_bytes,
+            waiting_blobs: self.fresh().len() as u64,
             recompressed_blobs: ledger.recompressed_blobs,
             saved_bytes: ledger.saved_bytes,
             database,

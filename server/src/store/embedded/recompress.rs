@@ -10,10 +10,11 @@
 //!
 //! Memory: zstd's tables and window, about 300 MiB at level 19 for a pack of 32 MiB or more, a tenth at level 9.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -92,18 +93,30 @@ impl Worker {
                 thread::park_timeout(REST);
                 continue;
             }
-            match self.next().and_then(|key| key.map(|key| self.recompress(&key)).transpose()) {
-                Ok(Some(())) => {}
-                Ok(None) => thread::park_timeout(REST),
-                Err(error) => {
-                    tracing::warn!(%error, "a blob stays as it was uploaded");
-                    thread::park_timeout(REST_AFTER_FAILURE);
+            let outcome = match self.next() {
+                Ok(Some(key)) => self.recompress(&key).map(|()| self.done()),
+                Ok(None) => {
+                    thread::park_timeout(REST);
+                    Ok(())
                 }
+                Err(error) => Err(error),
+            };
+            if let Err(error) = outcome {
+                tracing::warn!(%error, "a blob stays as it was uploaded");
+                self.done();
+                thread::park_timeout(REST_AFTER_FAILURE);
             }
         }
     }
 
-    /// The next blob to look at.
+    /// Takes the blob that waited longest off the list, unless it was one of the walk's.
+    fn done(&self) {
+        if self.walked.is_none() && !self.is_over.load(Ordering::Relaxed) {
+            self.engine.fresh().pop_front();
+        }
+    }
+
+    /// The next blob to look at; one that waits does so until it is done.
     fn next(&mut self) -> Result<Option<Vec<u8>>, StoreError> {
         if let Some(from) = &self.walked {
             let next = self.engine.database.first_key(Family::Blobs, from)?;
@@ -113,7 +126,7 @@ impl Worker {
                 return Ok(next);
             }
         }
-        Ok(self.engine.fresh.lock().unwrap_or_else(PoisonError::into_inner).pop_front())
+        Ok(self.engine.fresh().front().cloned())
     }
 
     fn recompress(&self, key: &[u8]) -> Result<(), StoreError> {
@@ -224,9 +237,14 @@ impl Write for Output<'_> {
 }
 
 impl Engine {
+    /// Keys of the blobs that wait.
+    pub(super) fn fresh(&self) -> MutexGuard<'_, VecDeque<Vec<u8>>> {
+        self.fresh.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Has a blob that came as a file wait for being recompressed.
     pub(super) fn note_fresh(&self, key: Vec<u8>) {
-        let mut fresh = self.fresh.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut fresh = self.fresh();
         if fresh.len() < MAX_FRESH {
             fresh.push_back(key);
         }
