@@ -108,6 +108,10 @@ fn compare(program: &str, command: &str) -> anyhow::Result<(Vec<String>, Vec<Str
         .map(|file| (*file).clone())
         .collect();
     let number = |name: &str| statistics[name].as_u64().unwrap_or_default();
+    if number("misses") > 0 {
+        let (changed, failed) = (&statistics["changed_inputs"], number("failed_restores"));
+        eprintln!("misses: compiled {:?}; changed inputs {changed}; failed restores {failed}", warm.compiled);
+    }
     let row = vec![
         program.to_owned(),
         format!("{:.1}", first.elapsed.as_secs_f64()),
