@@ -98,7 +98,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_asks_for_others_and_is_gone_leaves_them_without_an_answer() {
+    async fn who_asks_and_is_gone_keeps_nobody_from_asking() {
         let batch = Arc::new(Batch::<u32, u32>::default());
         let never = |_: Vec<u32>| std::future::pending();
         let leader = {

@@ -55,7 +55,7 @@ pub struct ServeArguments {
           value_parser = clap::value_parser!(u16).range(1..=256))]
     max_uploads: u16,
     /// Level at which blobs are compressed again in the background, at the lowest priority; 0 for never. 19 takes
-    /// up to 300 MiB of memory meanwhile
+    /// some 100 MiB of memory meanwhile
     #[arg(long, env = "CACHEC_SERVER_RECOMPRESS_LEVEL", default_value_t = 19,
           value_parser = clap::value_parser!(i32).range(0..=19))]
     recompress_level: i32,
