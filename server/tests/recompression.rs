@@ -4,14 +4,10 @@
 
 mod harness;
 
-use std::time::{Duration, Instant};
-
 use cachec_protocol::Digest;
 use cachec_protocol::pack::Decompressor;
 use futures_util::StreamExt;
-use harness::{Blob, MIB, TestServer, files, noise};
-
-const TIMEOUT: Duration = Duration::from_secs(60);
+use harness::{Blob, MIB, TestServer, files, noise, wait_for};
 
 /// Content that a high level makes smaller than a low one does: a shuffled text of many words.
 fn text(length: usize) -> Vec<u8> {
@@ -25,14 +21,6 @@ fn text(length: usize) -> Vec<u8> {
         .collect();
     text.truncate(length);
     text
-}
-
-async fn wait_for(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
-    let started = Instant::now();
-    while !is_so().await {
-        assert!(started.elapsed() < TIMEOUT, "waited in vain until {what}");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
 }
 
 fn content(frames: &[u8], limit_bytes: u64) -> Vec<u8> {

@@ -6,7 +6,7 @@ use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cachec_protocol::message::{ErrorBody, PublishRequest};
 use cachec_protocol::pack::{self, UPLOAD_LEVEL};
@@ -203,6 +203,15 @@ pub(crate) async fn error_of(response: reqwest::Response) -> (u16, String) {
     let body: ErrorBody = decode(&response.bytes().await.unwrap()).unwrap();
     assert!(!body.message.is_empty());
     (status, body.code)
+}
+
+/// Waits until something is so, at most for a minute.
+pub(crate) async fn wait_for(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
+    let started = Instant::now();
+    while !is_so().await {
+        assert!(started.elapsed() < Duration::from_secs(60), "waited in vain until {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }
 
 /// All files below a directory.
