@@ -77,8 +77,30 @@ struct RawConfig {
     dir_size: Option<String>,
     runtime_dir: Option<PathBuf>,
     paths: Option<String>,
+    lazy: Option<Switch>,
     env: Option<Vec<String>>,
     log: Option<String>,
+}
+
+/// On or off, as it stands in a file or in a variable.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Switch {
+    Flag(bool),
+    Text(String),
+}
+
+impl Switch {
+    fn is_on(&self, name: &'static str) -> Result<bool, ConfigError> {
+        match self {
+            Self::Flag(is_on) => Ok(*is_on),
+            Self::Text(text) => match text.as_str() {
+                "1" | "true" => Ok(true),
+                "0" | "false" | "" => Ok(false),
+                other => Err(invalid(name, other, "use 1 or 0")),
+            },
+        }
+    }
 }
 
 /// The checked configuration.
@@ -97,6 +119,8 @@ pub(crate) struct Config {
     /// Where the agent's socket and log are.
     pub(crate) runtime_directory: PathBuf,
     pub(crate) path_mode: PathMode,
+    /// Whether outputs are deferred that only compilers read.
+    pub(crate) lazy: bool,
     /// More variables for the action key, sorted.
     pub(crate) extra_variables: Vec<String>,
     /// Filter for the agent's log, in the syntax of `tracing`'s `EnvFilter`.
@@ -203,6 +227,7 @@ impl RawConfig {
             dir_size: surroundings.text("CACHEC_DIR_SIZE"),
             runtime_dir: path("CACHEC_RUNTIME_DIR"),
             paths: surroundings.text("CACHEC_PATHS"),
+            lazy: surroundings.text("CACHEC_LAZY").map(Switch::Text),
             env: surroundings.text("CACHEC_ENV").map(list),
             log: surroundings.text("CACHEC_LOG"),
         }
@@ -231,6 +256,7 @@ impl RawConfig {
             dir_size: self.dir_size.or(other.dir_size),
             runtime_dir: self.runtime_dir.or(other.runtime_dir),
             paths: self.paths.or(other.paths),
+            lazy: self.lazy.or(other.lazy),
             env: self.env.or(other.env),
             log: self.log.or(other.log),
         }
@@ -272,6 +298,7 @@ impl RawConfig {
             directory_bytes: directory_bytes.as_u64(),
             runtime_directory: self.runtime_dir.unwrap_or_else(|| surroundings.default_runtime_directory()),
             path_mode,
+            lazy: self.lazy.map_or(Ok(false), |lazy| lazy.is_on("CACHEC_LAZY"))?,
             extra_variables,
             in_container: surroundings.in_container,
             log: self.log.unwrap_or_else(|| "warn".to_owned()),
@@ -405,6 +432,7 @@ mod tests {
             ("CACHEC_RUNTIME_DIR", "relative"),
             ("CACHEC_NAMESPACE", "../other"),
             ("CACHEC_PATHS", "short"),
+            ("CACHEC_LAZY", "perhaps"),
         ] {
             let variables = [("HOME", "/home/ann"), (name, value)];
             let error = Config::load(&surroundings(&variables, Path::new("/nowhere"))).unwrap_err();

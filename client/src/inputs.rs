@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 
 use cachec_protocol::{Digest, Input, InputKind, InputSet, Root};
 
+use crate::deferred::{DeferredFile, DeferredFiles};
 use crate::dep_info::DepInfo;
 use crate::memo::Memo;
 use crate::places;
@@ -338,40 +339,65 @@ pub(crate) fn declared_variables(unit: &Unit, names: &[Vec<u8>]) -> Result<Vec<I
     names.iter().map(input).collect()
 }
 
+/// The files as they are now: those that are there, and those that are still to come.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Files<'a> {
+    pub(crate) memo: &'a Memo,
+    pub(crate) deferred: Option<&'a DeferredFiles>,
+}
+
+impl Files<'_> {
+    fn digest(&self, path: &Path) -> Option<Digest> {
+        match self.memo.digest(path) {
+            Ok((digest, _)) => Some(digest),
+            Err(_) => Some(self.deferred(path)?.digest),
+        }
+    }
+
+    fn may_execute(&self, path: &Path) -> Option<bool> {
+        match fs::metadata(path) {
+            Ok(metadata) => Some(metadata.mode() & 0o111 != 0),
+            Err(_) => Some(self.deferred(path)?.executable),
+        }
+    }
+
+    fn is_absent(&self, path: &Path) -> bool {
+        fs::metadata(path).is_err_and(|error| is_absence(&error)) && self.deferred(path).is_none()
+    }
+
+    fn deferred(&self, path: &Path) -> Option<DeferredFile> {
+        self.deferred?.get(path)
+    }
+}
+
 /// Whether everything the stored run read is the same now.
 ///
 /// # Errors
 /// The normalised name of the first input that differs.
-pub(crate) fn validate<'s>(unit: &Unit, set: &'s InputSet, memo: &Memo) -> Result<(), &'s [u8]> {
-    set.inputs().iter().try_for_each(|input| match present_digest(unit, input, memo) {
+pub(crate) fn validate<'s>(unit: &Unit, set: &'s InputSet, files: Files<'_>) -> Result<(), &'s [u8]> {
+    set.inputs().iter().try_for_each(|input| match present_digest(unit, input, files) {
         Some(digest) if digest == input.digest => Ok(()),
         _ => Err(input.name.as_slice()),
     })
 }
 
 /// An input's digest now; `None` where it cannot be established.
-fn present_digest(unit: &Unit, input: &Input, memo: &Memo) -> Option<Option<Digest>> {
+fn present_digest(unit: &Unit, input: &Input, files: Files<'_>) -> Option<Option<Digest>> {
     let path = || -> Option<PathBuf> {
         let expanded = unit.roots.expand(&input.name).ok()?;
         Some(PathBuf::from(OsStr::from_bytes(&expanded)))
     };
     match input.kind {
-        InputKind::File => Some(Some(memo.digest(&path()?).ok()?.0)),
-        InputKind::Absent => match fs::metadata(path()?) {
-            Err(error) if is_absence(&error) => Some(None),
-            _ => None,
-        },
+        InputKind::File => Some(Some(files.digest(&path()?)?)),
+        InputKind::Absent => files.is_absent(&path()?).then_some(None),
         InputKind::Directory => fs::metadata(path()?).is_ok_and(|metadata| metadata.is_dir()).then_some(None),
         InputKind::Link => {
             let target = fs::read_link(path()?).ok()?;
             Some(Some(Digest::of(target.as_os_str().as_bytes())))
         }
         InputKind::Listing => Some(Some(listing_digest(&path()?, |_| true).ok()?)),
-        InputKind::Mode => {
-            let metadata = fs::metadata(path()?).ok()?;
-            Some(Some(mode_digest(metadata.mode() & 0o111 != 0)))
-        }
-        InputKind::Program => Some(program_digest(unit, OsStr::from_bytes(&input.name), memo)),
+        InputKind::Mode => Some(Some(mode_digest(files.may_execute(&path()?)?))),
+        InputKind::Program => Some(program_digest(unit, OsStr::from_bytes(&input.name), files.memo)),
         InputKind::Environment => variable_digest(unit, unit.variable(&input.name)),
         InputKind::Argument => {
             let flag = std::str::from_utf8(&input.name).ok()?;

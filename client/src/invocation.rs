@@ -112,6 +112,12 @@ impl Invocation {
         self.crate_types == ["proc-macro"]
     }
 
+    /// Whether it makes nothing but what compilers read.
+    pub(crate) fn is_library(&self) -> bool {
+        let is_one = |kind: &String| matches!(kind.as_str(), "lib" | "rlib" | "proc-macro");
+        !self.crate_types.is_empty() && self.crate_types.iter().all(is_one)
+    }
+
     fn emits(&self, kind: &str) -> bool {
         self.emits.iter().any(|emitted| emitted == kind)
     }

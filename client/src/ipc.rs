@@ -8,6 +8,8 @@
 //!                                 ←    Working (every half second, any number) … then one of:
 //!                                 ←    Hit: files are staged; the wrapper renames them and replays the streams
 //! Restored                        →
+//!                                 ←    Fulfil: deferred files are staged; the wrapper renames them
+//! Restored                        →
 //!                                 ←    Run: the wrapper runs the compiler with these arguments
 //! Finished                        →
 //!                                 ←    Working … Done: the wrapper may end
@@ -20,6 +22,7 @@
 
 use std::io::{self, Read, Write};
 
+use cachec_protocol::Digest;
 use minicbor::bytes::ByteVec;
 use minicbor::{Decode, Encode};
 
@@ -145,6 +148,34 @@ pub(crate) struct Hit {
     #[n(2)]
     #[cbor(with = "minicbor::bytes")]
     pub(crate) stderr: Vec<u8>,
+    /// In a build that defers outputs, what is to be noted.
+    #[n(3)]
+    pub(crate) promise: Option<Promise>,
+}
+
+/// How the outputs of a restored unit would be made; see [`crate::deferred`].
+#[derive(Debug, Clone, Encode, Decode)]
+#[cbor(map)]
+pub(crate) struct Promise {
+    /// All arguments for the compiler.
+    #[n(0)]
+    pub(crate) arguments: Vec<ByteVec>,
+    /// The outputs that are no texts.
+    #[n(1)]
+    pub(crate) outputs: Vec<Promised>,
+}
+
+/// An output that is there already, or is to be.
+#[derive(Debug, Clone, Encode, Decode)]
+#[cbor(map)]
+pub(crate) struct Promised {
+    #[n(0)]
+    #[cbor(with = "minicbor::bytes")]
+    pub(crate) path: Vec<u8>,
+    #[n(1)]
+    pub(crate) digest: Digest,
+    #[n(2)]
+    pub(crate) is_deferred: bool,
 }
 
 /// The compiler is to be run.
@@ -188,6 +219,9 @@ pub(crate) enum Response {
     /// JSON text.
     #[n(4)]
     Report(#[n(0)] String),
+    /// What was deferred is to be moved to its place.
+    #[n(5)]
+    Fulfil(#[n(0)] Vec<Rename>),
 }
 
 /// A message with its length in front.

@@ -299,6 +299,7 @@ mod tests {
                 digest,
                 size_bytes: content.len() as u64,
                 permissions: None,
+                inline: None,
             }],
             stdout: vec![],
             stderr: vec![],

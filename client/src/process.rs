@@ -1,7 +1,8 @@
-//! The few things about processes that need `unsafe`, and ending as another process ended.
+//! Processes: what of them needs `unsafe`, ending as another one ended, and telling one from another.
 
 #![allow(unsafe_code)]
 
+use std::fs;
 use std::io;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, ExitCode, ExitStatus};
@@ -49,4 +50,34 @@ pub(crate) fn end_like(status: ExitStatus) -> ExitCode {
     }
     let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or_default());
     ExitCode::from(u8::try_from(code).unwrap_or(1))
+}
+
+/// The process that has started another.
+pub(crate) fn parent(process: u32) -> Option<u32> {
+    stat_field(process, 4)?.parse().ok()
+}
+
+/// When a process was started; with its id, its name for as long as the machine is up.
+pub(crate) fn start_time(process: u32) -> Option<String> {
+    stat_field(process, 22)
+}
+
+/// A field of `/proc/ID/stat`, counted from 1 as in `man 5 proc`; those behind the name.
+fn stat_field(process: u32, number: usize) -> Option<String> {
+    let text = fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+    let behind_name = &text[text.rfind(')')? + 1..];
+    behind_name.split_ascii_whitespace().nth(number.checked_sub(3)?).map(str::to_owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_has_a_parent_and_a_start_time() {
+        let own = std::process::id();
+        assert_eq!(parent(own), Some(std::os::unix::process::parent_id()));
+        assert!(start_time(own).is_some_and(|time| time.parse::<u64>().is_ok()));
+        assert_eq!(start_time(u32::MAX), None);
+    }
 }

@@ -207,9 +207,15 @@ impl Remote {
     pub(crate) async fn build(
         &self,
         key: &ActionKey,
-        with_packs: bool,
+        packs: Packs,
     ) -> Result<impl Stream<Item = io::Result<Bytes>> + Send + use<'_>, RemoteError> {
-        self.stream(&format!("builds/{key}?packs={with_packs}"), FRAMES).await
+        let packs = match packs {
+            Packs::None => "none",
+            Packs::Final => "final",
+            Packs::Rest => "rest",
+            Packs::All => "all",
+        };
+        self.stream(&format!("builds/{key}?packs={packs}"), FRAMES).await
     }
 
     async fn stream(
@@ -374,6 +380,17 @@ impl Remote {
     }
 }
 
+/// Which packs a build's stream is to have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Packs {
+    None,
+    /// Those of units that not only compilers read.
+    Final,
+    /// The others, and no manifests.
+    Rest,
+    All,
+}
+
 /// One request.
 struct Call<'a> {
     method: Method,
@@ -439,7 +456,7 @@ mod tests {
         let config = serde_json::json!({
             "url": "http://127.0.0.1:1", "token": null, "namespace": "default", "mode": "read-write",
             "directory": null, "directory_bytes": 0, "in_container": false, "runtime_directory": directory,
-            "path_mode": "portable", "extra_variables": [], "log": "warn", "network_variables": [],
+            "path_mode": "portable", "lazy": false, "extra_variables": [], "log": "warn", "network_variables": [],
         });
         Remote::new(&serde_json::from_value(config).unwrap(), "http://127.0.0.1:1", "test").unwrap()
     }

@@ -163,6 +163,16 @@ impl Unit {
         })
     }
 
+    /// Whether only compilers read the outputs, but for the texts that cargo reads: those of a dependency that is a
+    /// library or a proc macro, and of a build script.
+    pub(crate) fn is_for_compilers(&self) -> bool {
+        match &self.task {
+            Task::Compile(invocation) => invocation.is_library() && !self.is_primary,
+            Task::Probe => false,
+            Task::Script(_) => true,
+        }
+    }
+
     /// Name of the dep-info file, if there is one.
     pub(crate) fn dep_info_name(&self) -> Option<String> {
         self.invocation().and_then(Invocation::dep_info_name)
@@ -257,6 +267,15 @@ impl Unit {
             Task::Compile(invocation) => self.working_directory.join(&invocation.output_directory),
             Task::Probe => PathBuf::new(),
             Task::Script(script) => script.output_directory.clone(),
+        }
+    }
+
+    /// The directory of all of cargo's outputs, if it is known.
+    pub(crate) fn target_directory(&self) -> Option<&Path> {
+        match &self.task {
+            Task::Compile(invocation) => invocation.target_directory(),
+            Task::Probe => None,
+            Task::Script(script) => script.target_directory(),
         }
     }
 

@@ -16,14 +16,15 @@ use std::time::Instant;
 
 use crate::config::{Config, Mode, Surroundings};
 use crate::connect::{Address, Program};
-use crate::invocation::{is_probe, is_storable_probe};
-use crate::ipc::{self, Finished, Hit, Placement, Request, Response, Run, UnitRequest, Variable};
+use crate::deferred::{Note, Notes};
+use crate::invocation::{is_probe, is_storable_probe, target_directory};
+use crate::ipc::{self, Finished, Hit, Placement, Rename, Request, Response, Run, UnitRequest, Variable};
 use crate::process::{end_like, end_with_parent, umask};
 use crate::streams::{self, Recorded};
 use crate::{launcher, memo, notice};
 
 /// Set for what a traced command starts: wrappers and launchers in there step aside.
-const TRACED_VARIABLE: &str = "CACHEC_TRACED";
+pub(crate) const TRACED_VARIABLE: &str = "CACHEC_TRACED";
 
 /// What a wrapper runs.
 #[derive(Debug, Clone, Copy)]
@@ -99,15 +100,16 @@ pub(crate) fn run(started: Instant, command: &Command<'_>, wrapper: &Program) ->
         }
     };
     let address = Address::of(&config, wrapper);
+    let words = command.arguments.iter().map(|word| word.as_bytes().to_vec()).collect();
+    let unit = Unit { started, command: *command, words, config: &config, cargo: parent };
     let stream = match address.connect_or_start(&config) {
         Ok(stream) => stream,
         Err(error) => {
             command.say(&surroundings.default_runtime_directory(), &format!("not used: {error}"));
+            unit.fulfil();
             return command.become_it();
         }
     };
-    let words = command.arguments.iter().map(|word| word.as_bytes().to_vec()).collect();
-    let unit = Unit { started, command: *command, words, config: &config };
     let mut session = Session { stream, address };
     match unit.run(&mut session) {
         Ok(status) => status.map_or(ExitCode::SUCCESS, end_like),
@@ -123,6 +125,8 @@ struct Unit<'a> {
     command: Command<'a>,
     words: Vec<Vec<u8>>,
     config: &'a Config,
+    /// The process that has started this one.
+    cargo: Option<u32>,
 }
 
 struct Session {
@@ -145,7 +149,7 @@ impl Unit<'_> {
     fn run(&self, session: &mut Session) -> io::Result<Option<ExitStatus>> {
         let mut response = session.ask(&Request::Unit(self.request()));
         if let Ok(Response::Hit(hit)) = &response {
-            let renamed = rename_all(hit).is_ok();
+            let renamed = self.note(hit).and_then(|()| rename_all(&hit.renames)).is_ok();
             if renamed && streams::replay(hit).is_err() {
                 // Cargo is gone; so is whoever would look at the exit code.
                 return Ok(None);
@@ -157,6 +161,10 @@ impl Unit<'_> {
                 return Ok(None);
             }
         }
+        if let Ok(Response::Fulfil(renames)) = &response {
+            response = session.ask(&Request::Restored(rename_all(renames).is_ok(), 0));
+        }
+        self.fulfil();
         match response {
             Ok(Response::Run(run)) => self.compile_recorded(session, &run).map(Some),
             Ok(_) => self.compile_plainly("the agent answered something unexpected").map(Some),
@@ -167,6 +175,41 @@ impl Unit<'_> {
                 self.compile_plainly(&format!("the agent did not answer: {error}")).map(Some)
             }
         }
+    }
+
+    /// Notes how a unit's outputs would be made, where the build defers some.
+    fn note(&self, hit: &Hit) -> io::Result<()> {
+        let Some(promise) = &hit.promise else { return Ok(()) };
+        let cargo = self.cargo.unwrap_or_default();
+        let name = self.command.is_script.then(launcher::own_name);
+        let note = Note::of_this_process(self.command.program, name, promise, cargo)?;
+        self.notes().ok_or_else(|| io::Error::other("no place for notes"))?.add(&note)
+    }
+
+    /// Makes what was deferred and is not there, before a compiler that may read it.
+    fn fulfil(&self) {
+        let Some(notes) = self.notes().filter(|_| self.config.lazy) else { return };
+        let text = match notes.fulfil() {
+            Ok(0) => return,
+            Ok(count) => format!("made {count} deferred units again, because the server no longer has them"),
+            Err(error) => format!("cannot make what was deferred (CACHEC_LAZY): {error}"),
+        };
+        self.command.say(&self.config.runtime_directory, &text);
+    }
+
+    fn notes(&self) -> Option<Notes> {
+        let value = |flag: &[u8]| {
+            let at = self.words.iter().position(|word| word == flag)?;
+            self.words.get(at + 1).map(|word| OsStr::from_bytes(word).to_owned())
+        };
+        let (outputs, target) = if self.command.is_script {
+            (std::env::var_os("OUT_DIR")?, std::env::var_os("TARGET")?)
+        } else {
+            (value(b"--out-dir")?, value(b"--target").unwrap_or_default())
+        };
+        let outputs = std::env::current_dir().ok()?.join(outputs);
+        let target = Path::new(&target).file_stem().unwrap_or_default();
+        Notes::of(target_directory(&outputs, target)?, self.cargo?)
     }
 
     fn request(&self) -> UnitRequest {
@@ -247,8 +290,8 @@ impl Unit<'_> {
 }
 
 /// Moves all staged files to their places; the first failure ends it.
-fn rename_all(hit: &Hit) -> io::Result<()> {
-    hit.renames.iter().try_for_each(|rename| {
+fn rename_all(renames: &[Rename]) -> io::Result<()> {
+    renames.iter().try_for_each(|rename| {
         let (staged, destination) =
             (Path::new(OsStr::from_bytes(&rename.staged)), Path::new(OsStr::from_bytes(&rename.destination)));
         match fs::rename(staged, destination) {

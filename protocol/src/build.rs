@@ -48,6 +48,10 @@ pub struct BuildEntry {
     /// The pack of the result that fitted; `None` where it has no outputs.
     #[n(1)]
     pub pack: Option<Digest>,
+    /// Whether only compilers read the outputs: a build of nothing but hits can do without their bytes.
+    #[n(2)]
+    #[cbor(default)]
+    pub for_compilers: bool,
 }
 
 /// What a build asked for, in the order it asked.
@@ -106,6 +110,7 @@ mod tests {
         let entry = |number| BuildEntry {
             action_key: ActionKey::from_bytes([number; 32]),
             pack: (number % 2 == 0).then(|| Digest::of(&[number])),
+            for_compilers: number == 1,
         };
         BuildRecord { entries: (0..count).map(entry).collect() }
     }

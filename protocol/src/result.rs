@@ -1,5 +1,6 @@
 //! Results: everything that one run of a tool left behind, as it is stored.
 
+use minicbor::bytes::ByteVec;
 use minicbor::{Decode, Encode};
 
 use crate::codec::{DecodeError, Message};
@@ -12,6 +13,9 @@ pub const MAX_STREAM_BYTES: usize = 2 << 20;
 
 /// Most outputs of one result.
 pub const MAX_OUTPUTS: usize = 10_000;
+
+/// Most stored bytes that the outputs of one result may have in it, rather than in its pack.
+pub const MAX_INLINE_BYTES: u64 = 256 << 10;
 
 /// Longest output name in bytes.
 const MAX_NAME_BYTES: usize = 1024;
@@ -56,9 +60,13 @@ pub struct Output {
     /// The lowest nine permission bits, where they are not those that the build's mask leaves.
     #[n(5)]
     pub permissions: Option<u32>,
+    /// The stored bytes, where they are here and not in the pack: few, and needed for every restore.
+    #[n(6)]
+    pub inline: Option<ByteVec>,
 }
 
-/// The blob that holds all outputs, one after the other in the order of [`StoredResult::outputs`].
+/// The blob that holds all outputs that are not inline, one after the other in the order of
+/// [`StoredResult::outputs`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
 #[cbor(map)]
 pub struct Pack {
@@ -91,7 +99,7 @@ pub struct StoredResult {
     /// How long the run took, in milliseconds.
     #[n(5)]
     pub compile_ms: u64,
-    /// Where the outputs' bytes are; `None` exactly where there are no outputs.
+    /// Where the outputs' bytes are; `None` exactly where there are none but inline.
     #[n(6)]
     pub pack: Option<Pack>,
 }
@@ -103,10 +111,15 @@ impl StoredResult {
         self.input_set.result_key(&self.action_key)
     }
 
-    /// Bytes of all outputs together, which is the pack's uncompressed size.
+    /// The outputs whose bytes are in the pack, in its order.
+    pub fn packed(&self) -> impl Iterator<Item = &Output> {
+        self.outputs.iter().filter(|output| output.inline.is_none())
+    }
+
+    /// The pack's uncompressed size.
     #[must_use]
-    pub fn outputs_bytes(&self) -> u64 {
-        self.outputs.iter().fold(0, |sum, output| sum.saturating_add(output.size_bytes))
+    pub fn packed_bytes(&self) -> u64 {
+        self.packed().fold(0, |sum, output| sum.saturating_add(output.size_bytes))
     }
 }
 
@@ -121,8 +134,12 @@ impl Message for StoredResult {
         if self.outputs.len() > MAX_OUTPUTS {
             return Err(DecodeError::Invalid("too many outputs"));
         }
-        if self.outputs.is_empty() != self.pack.is_none() {
+        if self.packed().next().is_none() != self.pack.is_none() {
             return Err(DecodeError::Invalid("outputs without a pack, or a pack without outputs"));
+        }
+        let inline = self.outputs.iter().filter_map(|output| output.inline.as_ref());
+        if inline.map(|bytes| bytes.len() as u64).sum::<u64>() > MAX_INLINE_BYTES {
+            return Err(DecodeError::Invalid("too many bytes of outputs in the result"));
         }
         let mut names: Vec<&str> = self.outputs.iter().map(|output| output.name.as_str()).collect();
         names.sort_unstable();
@@ -160,6 +177,7 @@ mod tests {
             digest: Digest::of(b"x"),
             size_bytes: 1,
             permissions: None,
+            inline: None,
         };
         StoredResult {
             action_key: ActionKey::from_bytes([1; 32]),
@@ -176,6 +194,20 @@ mod tests {
     fn a_result_round_trips() {
         let result = result(&["libdemo.rmeta", "libdemo.rlib", "sub/demo.dwo"]);
         assert_eq!(decode::<StoredResult>(&encode(&result)).unwrap(), result);
+    }
+
+    #[test]
+    fn bytes_are_in_the_pack_or_in_the_result() {
+        let mut stored = result(&["a", "b"]);
+        stored.outputs[0].inline = Some(b"x".to_vec().into());
+        assert_eq!(decode::<StoredResult>(&encode(&stored)).unwrap(), stored);
+        assert_eq!(stored.packed_bytes(), 1);
+        stored.pack = None;
+        assert!(decode::<StoredResult>(&encode(&stored)).is_err());
+        stored.outputs[1].inline = Some(b"x".to_vec().into());
+        assert!(decode::<StoredResult>(&encode(&stored)).is_ok());
+        stored.outputs[1].inline = Some(vec![0; usize::try_from(MAX_INLINE_BYTES).unwrap()].into());
+        assert!(decode::<StoredResult>(&encode(&stored)).is_err());
     }
 
     #[test]

@@ -138,6 +138,7 @@ async fn a_builds_stream_has_its_manifests_and_then_its_packs() {
     let entry = |result: &StoredResult| BuildEntry {
         action_key: result.action_key,
         pack: result.pack.map(|pack| pack.digest),
+        for_compilers: result.action_key == results[0].action_key,
     };
     let record = |results: &[&StoredResult]| BuildRecord {
         entries: results.iter().map(|result| entry(result)).collect(),
@@ -150,7 +151,7 @@ async fn a_builds_stream_has_its_manifests_and_then_its_packs() {
     foreign.stdout = b"of another version".to_vec();
     foreign.input_set = results[0].input_set.clone();
     assert_eq!(server.publish(&foreign).await, 201);
-    let stream = server.client.get(path("?packs=true")).send().await.unwrap().bytes().await.unwrap();
+    let stream = server.client.get(path("?packs=all")).send().await.unwrap().bytes().await.unwrap();
     let received = frames(&stream);
     let names: Vec<Option<Digest>> = received[1..]
         .iter()
@@ -167,6 +168,12 @@ async fn a_builds_stream_has_its_manifests_and_then_its_packs() {
     let manifests = decode::<LookupResponse>(&encoded).unwrap().manifests;
     let keys: Vec<u8> = manifests.iter().map(|manifest| manifest.action_key.as_bytes()[0]).collect();
     assert_eq!(keys, [9, 3, 2, 1, 3]);
+    let final_packs = server.client.get(path("?packs=final")).send().await.unwrap().bytes().await.unwrap();
+    let names: Vec<Frame> = frames(&final_packs)[1..].iter().map(|(frame, _)| *frame).collect();
+    assert_eq!(names, [received[1].0, received[2].0, Frame::End]);
+    let rest = server.client.get(path("?packs=rest")).send().await.unwrap().bytes().await.unwrap();
+    let names: Vec<Frame> = frames(&rest).iter().map(|(frame, _)| *frame).collect();
+    assert_eq!(names, [received[3].0, Frame::End]);
     let without_packs = server.client.get(path("")).send().await.unwrap().bytes().await.unwrap();
     assert_eq!(frames(&without_packs).len(), 2);
     let malformed = server.client.get(server.url("/v1/default/builds/x")).send().await.unwrap();

@@ -5,13 +5,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cachec_protocol::StoredResult;
+use cachec_protocol::message::PublishRequest;
 use tempfile::SpooledTempFile;
 use tokio_util::io::{StreamReader, SyncIoBridge};
 
-use super::Agent;
 use super::prefetch::{Announced, Build};
 use super::restore::{self, Restored};
-use crate::inputs;
+use super::{Agent, deferral};
+use crate::inputs::{self, Files};
 use crate::remote::Remote;
 use crate::unit::Unit;
 
@@ -31,6 +32,8 @@ pub(super) struct Found {
     pub(super) restored: Restored,
     pub(super) tier: Tier,
     pub(super) result: StoredResult,
+    /// Whether only the texts that cargo reads are staged.
+    pub(super) is_deferred: bool,
 }
 
 /// Looks in the local tier, then on the server.
@@ -38,7 +41,7 @@ pub(super) async fn find(agent: &Arc<Agent>, unit: &Arc<Unit>, build: Option<&Ar
     if let Some(build) = build {
         build.ask(unit.action_key);
     }
-    let found = match find_locally(agent, unit).await {
+    let found = match find_locally(agent, unit, build).await {
         Some(found) => Some(found),
         None => {
             let remote = agent.remote.as_ref().filter(|remote| !remote.reads.is_open())?;
@@ -46,20 +49,20 @@ pub(super) async fn find(agent: &Arc<Agent>, unit: &Arc<Unit>, build: Option<&Ar
         }
     }?;
     if let Some(build) = build {
-        build.fits(&found.result);
+        build.fits(&found.result, unit.is_for_compilers());
     }
     Some(found)
 }
 
-async fn find_locally(agent: &Arc<Agent>, unit: &Arc<Unit>) -> Option<Found> {
-    let (agent, unit) = (Arc::clone(agent), Arc::clone(unit));
+async fn find_locally(agent: &Arc<Agent>, unit: &Arc<Unit>, build: Option<&Arc<Build>>) -> Option<Found> {
+    let (agent, unit, build) = (Arc::clone(agent), Arc::clone(unit), build.cloned());
     blocking(move || {
         let tier = agent.local.as_ref()?;
-        let result = matching(&agent, &unit, tier.manifest(&unit.action_key))?;
+        let result = matching(&agent, &unit, tier.manifest(&unit.action_key), build.as_deref())?;
         match restore::from_local(&unit, &result, tier, &agent.memo) {
             Ok(restored) => {
                 tier.touch(&result);
-                Some(Found { restored, tier: Tier::Local, result })
+                Some(Found { restored, tier: Tier::Local, result, is_deferred: false })
             }
             Err(error) => {
                 restore_failed(&agent, &unit, &error);
@@ -85,37 +88,80 @@ async fn find_remotely(
         None => remote.results(unit.action_key).await?,
     };
     let result = {
-        let (agent, unit) = (Arc::clone(agent), Arc::clone(unit));
-        blocking(move || matching(&agent, &unit, results)).await?
+        let (agent, unit, build) = (Arc::clone(agent), Arc::clone(unit), build.cloned());
+        blocking(move || matching(&agent, &unit, results, build.as_deref())).await?
     };
+    let defers = build.is_some_and(|build| agent.config.lazy && build.deferral.is_on());
+    let is_deferred = defers && deferral::can_be_deferred(unit, &result);
+    let restored = if is_deferred {
+        let (unit, result) = (Arc::clone(unit), result.clone());
+        blocking(move || restore::without_pack(&unit, &result).ok()).await?
+    } else {
+        obtain(agent, unit, &result, build, Patience::OfItsCompile).await?
+    };
+    remote.save(result.compile_ms);
+    Some(Found { restored, tier: Tier::Remote, result, is_deferred })
+}
+
+/// How long a pack is waited for that is on its way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Patience {
+    /// No longer than the compile takes that it saves.
+    OfItsCompile,
+    /// As long as a download may take.
+    OfADownload,
+}
+
+/// Stages what the server has of a result: from the build's stream, else by asking for it.
+pub(super) async fn obtain(
+    agent: &Arc<Agent>,
+    unit: &Arc<Unit>,
+    result: &StoredResult,
+    build: Option<&Arc<Build>>,
+    patience: Patience,
+) -> Option<Restored> {
+    let remote = agent.remote.as_ref().filter(|remote| !remote.reads.is_open())?;
     let started = Instant::now();
     let announced = match (build, result.pack) {
         (Some(build), Some(pack)) => build.pack(&pack.digest, result.compile_ms).await,
         _ => Announced::No,
     };
     let staged = match announced {
-        Announced::Here(pack) => stage(agent, unit, &result, pack).await,
-        Announced::Late => {
+        Announced::Here(pack) => stage(agent, unit, result, pack).await,
+        Announced::Late if patience == Patience::OfItsCompile => {
             remote.spend(started);
             return None;
         }
-        Announced::No => {
+        Announced::Late | Announced::No => {
             let limit = FETCH_TIMEOUT.max(Duration::from_millis(result.compile_ms.saturating_mul(2)));
-            let fetched = tokio::time::timeout(limit, fetch(agent, remote, unit, &result)).await;
+            let fetched = tokio::time::timeout(limit, fetch(agent, remote, unit, result)).await;
             fetched.unwrap_or_else(|_| Err(io::Error::from(io::ErrorKind::TimedOut)))
         }
     };
     remote.spend(started);
     match staged {
         Ok(restored) => {
-            remote.save(result.compile_ms);
-            Some(Found { restored, tier: Tier::Remote, result })
+            keep_locally(agent, result).await;
+            Some(restored)
         }
         Err(error) => {
             remote.read_failed(&format!("a blob could not be restored: {error}"));
             restore_failed(agent, unit, &error);
             None
         }
+    }
+}
+
+/// Keeps a result whose outputs are in the local tier by now, for the next build.
+async fn keep_locally(agent: &Arc<Agent>, result: &StoredResult) {
+    if agent.local.is_none() {
+        return;
+    }
+    let agent = Arc::clone(agent);
+    let publish = PublishRequest { result: result.clone(), action_fields: Vec::new() };
+    let keep = move || agent.local.as_ref().map(|tier| tier.keep_result(&publish));
+    if let Ok(Some(Err(error))) = tokio::task::spawn_blocking(keep).await {
+        tracing::info!("a restored result is not kept: {error}");
     }
 }
 
@@ -137,7 +183,7 @@ async fn fetch(
     unit: &Arc<Unit>,
     result: &StoredResult,
 ) -> io::Result<Restored> {
-    let Some(pack) = result.pack else { return restore::without_outputs(unit, result) };
+    let Some(pack) = result.pack else { return restore::without_pack(unit, result) };
     let stream = Box::pin(remote.blob(&pack.digest).await.map_err(io::Error::other)?);
     let (sender, receiver) = tokio::sync::mpsc::channel(8);
     let staging = {
@@ -170,11 +216,17 @@ async fn forward(
 }
 
 /// The first of some results whose inputs are all the same now.
-fn matching(agent: &Agent, unit: &Unit, results: Vec<StoredResult>) -> Option<StoredResult> {
+fn matching(
+    agent: &Agent,
+    unit: &Unit,
+    results: Vec<StoredResult>,
+    build: Option<&Build>,
+) -> Option<StoredResult> {
+    let files = Files { memo: &agent.memo, deferred: build.map(|build| &build.deferral.files) };
     let mut first_difference = None;
     for result in results {
         let started = Instant::now();
-        let validated = inputs::validate(unit, &result.input_set, &agent.memo);
+        let validated = inputs::validate(unit, &result.input_set, files);
         let validation_us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
         agent.statistics_of(unit).validated(result.input_set.inputs().len(), validation_us);
         match validated {

@@ -30,7 +30,9 @@ use tokio::sync::watch;
 use tokio_util::io::StreamReader;
 
 use super::Agent;
-use crate::remote::Remote;
+use super::deferral::Deferral;
+use crate::process::{parent, start_time};
+use crate::remote::{Packs, Remote};
 
 /// Longest wait for the first answer; as for a lookup.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
@@ -76,6 +78,7 @@ pub(super) struct Build {
     key: ActionKey,
     /// Cargo's process id.
     cargo: u32,
+    pub(super) deferral: Deferral,
     progress: watch::Sender<Progress>,
     state: Mutex<State>,
 }
@@ -85,8 +88,15 @@ pub(super) struct Build {
 struct Progress {
     started: bool,
     answered: bool,
-    ended: bool,
+    /// Streams that are open, or about to be.
+    streams: u32,
     arrived: u64,
+}
+
+impl Progress {
+    fn has_ended(&self) -> bool {
+        self.started && self.streams == 0
+    }
 }
 
 #[derive(Debug, Default)]
@@ -94,6 +104,8 @@ struct State {
     manifests: HashMap<ActionKey, Manifest>,
     /// Packs that are on their way, or here.
     packs: HashMap<Digest, Option<SpooledTempFile>>,
+    /// Packs that the first stream is not to bring; see [`Build::fetch_rest`].
+    left_out: HashSet<Digest>,
     /// What the last build has left.
     last: BuildRecord,
     /// Units of this build in the order they asked, and what fitted.
@@ -127,7 +139,13 @@ impl Build {
             .collect();
         let machine = format!("{} {}", std::env::consts::ARCH, std::env::consts::OS);
         let key = BuildAction { packages: &packages, arguments: &arguments, machine: &machine }.key();
-        Some(Self { key, cargo, progress: watch::Sender::default(), state: Mutex::default() })
+        Some(Self {
+            key,
+            cargo,
+            deferral: Deferral::new(arguments.first().is_some_and(|command| is_only_compiling(command))),
+            progress: watch::Sender::default(),
+            state: Mutex::default(),
+        })
     }
 
     /// The last build's manifest of a unit, which is as good as asking for it; `None` where there is none.
@@ -138,7 +156,7 @@ impl Build {
     ) -> Option<Vec<StoredResult>> {
         self.start(agent);
         let mut progress = self.progress.subscribe();
-        let answered = progress.wait_for(|progress| progress.answered || progress.ended);
+        let answered = progress.wait_for(|progress| progress.answered || progress.has_ended());
         let _ = tokio::time::timeout(ANSWER_TIMEOUT, answered).await;
         Some(self.state().manifests.get(key)?.readable_results().collect())
     }
@@ -147,8 +165,9 @@ impl Build {
     pub(super) async fn pack(&self, digest: &Digest, compile_ms: u64) -> Announced {
         let mut progress = self.progress.subscribe();
         let patience = LEAST_PATIENCE.max(Duration::from_millis(compile_ms));
-        let arrived = progress
-            .wait_for(|progress| progress.ended || !matches!(self.state().packs.get(digest), Some(None)));
+        let arrived = progress.wait_for(|progress| {
+            progress.has_ended() || !matches!(self.state().packs.get(digest), Some(None))
+        });
         if tokio::time::timeout(patience, arrived).await.is_err() {
             return Announced::Late;
         }
@@ -167,8 +186,9 @@ impl Build {
     }
 
     /// Notes which result was restored or stored for a unit.
-    pub(super) fn fits(&self, result: &StoredResult) {
-        let entry = BuildEntry { action_key: result.action_key, pack: result.pack.map(|pack| pack.digest) };
+    pub(super) fn fits(&self, result: &StoredResult, for_compilers: bool) {
+        let pack = result.pack.map(|pack| pack.digest);
+        let entry = BuildEntry { action_key: result.action_key, pack, for_compilers };
         if let Some((_, fitting)) = self.state().asked.iter_mut().find(|(key, _)| *key == result.action_key) {
             *fitting = Some(entry);
         }
@@ -192,24 +212,52 @@ impl Build {
 
     /// Starts the stream, the first time.
     fn start(self: &Arc<Self>, agent: &Arc<Agent>) {
-        let is_first =
-            self.progress.send_if_modified(|progress| !std::mem::replace(&mut progress.started, true));
-        if !is_first {
+        let is_first = self.progress.send_if_modified(|progress| {
+            let is_first = !std::mem::replace(&mut progress.started, true);
+            progress.streams += u32::from(is_first);
+            is_first
+        });
+        if is_first {
+            self.spawn_stream(agent, self.wanted_packs(agent));
+        }
+    }
+
+    fn wanted_packs(&self, agent: &Agent) -> Packs {
+        match () {
+            () if agent.local.is_some() => Packs::None,
+            () if agent.config.lazy && self.deferral.is_on() => Packs::Final,
+            () => Packs::All,
+        }
+    }
+
+    /// Starts a stream of the packs that the first one has left out, once.
+    pub(super) fn fetch_rest(self: &Arc<Self>, agent: &Arc<Agent>) {
+        let mut state = self.state();
+        let rest = std::mem::take(&mut state.left_out);
+        if rest.is_empty() {
             return;
         }
+        state.packs.extend(rest.into_iter().map(|pack| (pack, None)));
+        drop(state);
+        self.progress.send_modify(|progress| progress.streams += 1);
+        self.spawn_stream(agent, Packs::Rest);
+    }
+
+    /// Receives one stream to its end, in a task of its own; it is counted already.
+    fn spawn_stream(self: &Arc<Self>, agent: &Arc<Agent>, packs: Packs) {
         let (build, agent) = (Arc::clone(self), Arc::clone(agent));
         tokio::spawn(async move {
             if let Some(remote) = agent.remote.as_ref().filter(|remote| !remote.reads.is_open())
-                && let Err(error) = build.receive(remote, agent.local.is_none()).await
+                && let Err(error) = build.receive(remote, packs).await
             {
                 tracing::info!("the last build's stream ended early: {error}");
             }
-            build.progress.send_modify(|progress| progress.ended = true);
+            build.progress.send_modify(|progress| progress.streams -= 1);
         });
     }
 
-    async fn receive(&self, remote: &Remote, with_packs: bool) -> io::Result<()> {
-        let stream = remote.build(&self.key, with_packs).await.map_err(io::Error::other)?;
+    async fn receive(&self, remote: &Remote, packs: Packs) -> io::Result<()> {
+        let stream = remote.build(&self.key, packs).await.map_err(io::Error::other)?;
         let mut reader = StreamReader::new(Box::pin(stream));
         let mut magic = [0; MAGIC.len()];
         reader.read_exact(&mut magic).await?;
@@ -221,7 +269,7 @@ impl Build {
             let mut header = [0; HEADER_BYTES];
             reader.read_exact(&mut header).await?;
             match Frame::from_header(&header).map_err(io::Error::other)? {
-                Frame::Manifests { body_bytes } => self.answer(&mut reader, body_bytes, with_packs).await?,
+                Frame::Manifests { body_bytes } => self.answer(&mut reader, body_bytes, packs).await?,
                 Frame::Blob { digest, body_bytes } => {
                     received_bytes += body_bytes;
                     if received_bytes > MAX_STREAM_BYTES || start_time(self.cargo).is_none() {
@@ -244,7 +292,7 @@ impl Build {
         &self,
         reader: &mut (impl AsyncRead + Unpin),
         body_bytes: u64,
-        with_packs: bool,
+        packs: Packs,
     ) -> io::Result<()> {
         if body_bytes > LookupResponse::LIMIT_BYTES as u64 {
             return Err(malformed());
@@ -260,10 +308,15 @@ impl Build {
         let records = own.iter().flat_map(Manifest::readable_results);
         state.last =
             records.filter_map(|result| BuildRecord::from_result(&result).ok()).next().unwrap_or_default();
-        if with_packs {
-            let packs: HashSet<Digest> = state.last.entries.iter().filter_map(|entry| entry.pack).collect();
-            state.packs = packs.into_iter().map(|pack| (pack, None)).collect();
+        let (mut to_come, mut left_out) = (HashMap::new(), HashSet::new());
+        for entry in &state.last.entries {
+            match (packs, entry.pack) {
+                (Packs::Final, Some(pack)) if entry.for_compilers => drop(left_out.insert(pack)),
+                (Packs::Final | Packs::All, Some(pack)) => drop(to_come.insert(pack, None)),
+                _ => {}
+            }
         }
+        (state.packs, state.left_out) = (to_come, left_out);
         drop(state);
         self.progress.send_modify(|progress| progress.answered = true);
         Ok(())
@@ -318,6 +371,11 @@ fn own_packages(lock: &Path) -> Option<Vec<String>> {
     Some(names)
 }
 
+/// Whether one of cargo's commands runs compilers alone on what it has compiled, and no other tool such as rustdoc.
+fn is_only_compiling(command: &[u8]) -> bool {
+    [b"build".as_slice(), b"b", b"check", b"c", b"run", b"r", b"rustc", b"install"].contains(&command)
+}
+
 /// Whether one of cargo's arguments only says how it talks, or how much it does at a time.
 fn is_presentation(word: &[u8]) -> bool {
     let plain =
@@ -326,33 +384,9 @@ fn is_presentation(word: &[u8]) -> bool {
     plain.contains(&word) || starts.iter().any(|start| word.starts_with(start))
 }
 
-fn parent(process: u32) -> Option<u32> {
-    stat_field(process, 4)?.parse().ok()
-}
-
-/// When a process was started; with its id, its name for as long as the machine is up.
-fn start_time(process: u32) -> Option<String> {
-    stat_field(process, 22)
-}
-
-/// A field of `/proc/ID/stat`, counted from 1 as in `man 5 proc`; those behind the name.
-fn stat_field(process: u32, number: usize) -> Option<String> {
-    let text = fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
-    let behind_name = &text[text.rfind(')')? + 1..];
-    behind_name.split_ascii_whitespace().nth(number.checked_sub(3)?).map(str::to_owned)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_process_has_a_parent_and_a_start_time() {
-        let own = std::process::id();
-        assert_eq!(parent(own), Some(std::os::unix::process::parent_id()));
-        assert!(start_time(own).is_some_and(|time| time.parse::<u64>().is_ok()));
-        assert_eq!(start_time(u32::MAX), None);
-    }
 
     #[test]
     fn a_workspaces_own_packages_have_no_source() {
@@ -368,7 +402,13 @@ mod tests {
 
     fn build() -> Build {
         let key = ActionKey::from_bytes([9; 32]);
-        Build { key, cargo: std::process::id(), progress: watch::Sender::default(), state: Mutex::default() }
+        Build {
+            key,
+            cargo: std::process::id(),
+            deferral: Deferral::new(true),
+            progress: watch::Sender::default(),
+            state: Mutex::default(),
+        }
     }
 
     fn result(number: u8) -> StoredResult {
@@ -386,12 +426,15 @@ mod tests {
         for number in [1, 2] {
             build.ask(result(number).action_key);
         }
-        build.fits(&result(2));
+        build.fits(&result(2), true);
         let record = BuildRecord::from_result(&build.new_record().unwrap().result).unwrap();
-        assert_eq!(record.entries, [BuildEntry { action_key: result(2).action_key, pack: None }]);
+        assert_eq!(
+            record.entries,
+            [BuildEntry { action_key: result(2).action_key, pack: None, for_compilers: true }]
+        );
         build.state().last = record;
         assert!(build.new_record().is_none());
-        build.fits(&result(1));
+        build.fits(&result(1), false);
         let record = BuildRecord::from_result(&build.new_record().unwrap().result).unwrap();
         assert_eq!(record.entries[0].action_key, result(1).action_key);
     }
@@ -402,11 +445,12 @@ mod tests {
         let (near, far, unknown) = (Digest::of(b"near"), Digest::of(b"far"), Digest::of(b"unknown"));
         build.state().packs.insert(near, Some(SpooledTempFile::new(1)));
         build.state().packs.insert(far, None);
+        build.progress.send_modify(|progress| (progress.started, progress.streams) = (true, 1));
         assert!(matches!(build.pack(&near, 0).await, Announced::Here(_)));
         assert!(matches!(build.pack(&near, 0).await, Announced::No));
         assert!(matches!(build.pack(&unknown, 0).await, Announced::No));
         assert!(matches!(build.pack(&far, 0).await, Announced::Late));
-        build.progress.send_modify(|progress| progress.ended = true);
+        build.progress.send_modify(|progress| progress.streams = 0);
         assert!(matches!(build.pack(&far, 60_000).await, Announced::No));
     }
 }

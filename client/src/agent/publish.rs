@@ -93,7 +93,7 @@ async fn store(agent: &Agent, unit: &Unit, recorded: Recorded, build: Option<&Bu
         Ok(()) => {
             agent.statistics_of(unit).uploaded += 1;
             if let Some(build) = build {
-                build.fits(&result);
+                build.fits(&result, unit.is_for_compilers());
             }
         }
         Err(error) => {

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use cachec_protocol::codec::Message;
 use cachec_protocol::message::PublishRequest;
 use cachec_protocol::pack::{self, Length, UPLOAD_LEVEL};
-use cachec_protocol::result::MAX_STREAM_BYTES;
+use cachec_protocol::result::{MAX_INLINE_BYTES, MAX_STREAM_BYTES};
 use cachec_protocol::{
     Digest, Input, InputKind, InputSet, Output, OutputKind, Pack, Root, StoredResult, encode,
 };
@@ -197,7 +197,7 @@ pub(crate) fn record(
     inputs.extend(places::beside_roots(unit, &inputs));
     inputs.extend(found.iter().filter_map(|root| places::root_input(unit, *root)));
     let bound = inputs.iter().any(|input| input.kind == InputKind::Root);
-    let has_outputs = !packed.outputs.is_empty();
+    let has_pack = packed.outputs.iter().any(|output| output.inline.is_none());
     let result = StoredResult {
         action_key: unit.action_key,
         input_set: InputSet::new(inputs),
@@ -205,12 +205,13 @@ pub(crate) fn record(
         stdout,
         stderr,
         compile_ms: finished.compile_ms,
-        pack: has_outputs.then_some(Pack { digest: packed.digest }),
+        pack: has_pack.then_some(Pack { digest: packed.digest }),
     };
     // What a reader would refuse.
     result.check().map_err(|_| NotStorable::LargeResult)?;
     let action_fields = pack::compress(&encode(&unit.action_fields), UPLOAD_LEVEL)?;
-    Ok(Recorded { publish: PublishRequest { result, action_fields }, pack: packed.spool, bound })
+    let pack = packed.spool.filter(|_| has_pack);
+    Ok(Recorded { publish: PublishRequest { result, action_fields }, pack, bound })
 }
 
 /// Whether standard error has more than the notifications of finished files.
@@ -241,6 +242,8 @@ struct Packer<'a> {
     hasher: blake3::Hasher,
     found: Vec<Root>,
     replaced: Vec<Root>,
+    /// What the result itself may still hold.
+    inline_left_bytes: u64,
 }
 
 impl<'a> Packer<'a> {
@@ -260,12 +263,21 @@ impl<'a> Packer<'a> {
             .sum();
         // Texts of a build script change on their way into the pack.
         let length = if unit.script().is_some() { Length::About } else { Length::Exactly };
-        let length = length(binary_bytes + text_bytes);
+        let packed_text_bytes = if text_bytes > MAX_INLINE_BYTES { text_bytes } else { 0 };
+        let length = length(binary_bytes + packed_text_bytes);
         let compressor = || pack::compressor(SpooledTempFile::new(SPOOL_BYTES), length, UPLOAD_LEVEL);
         let encoder = stores.wants_pack.then(compressor).transpose()?;
-        let (hasher, found, replaced) = (blake3::Hasher::new(), Vec::new(), Vec::new());
-        let (started_ns, is_traced) = (finished.started_ns, finished.trace.is_some());
-        Ok(Self { unit, started_ns, is_traced, stores, encoder, hasher, found, replaced })
+        Ok(Self {
+            unit,
+            started_ns: finished.started_ns,
+            is_traced: finished.trace.is_some(),
+            stores,
+            encoder,
+            hasher: blake3::Hasher::new(),
+            found: Vec::new(),
+            replaced: Vec::new(),
+            inline_left_bytes: MAX_INLINE_BYTES,
+        })
     }
 
     /// Adds bytes to the pack and its digest.
@@ -295,21 +307,25 @@ impl<'a> Packer<'a> {
         Ok(Packed { outputs, digest, found: self.found, replaced: self.replaced, spool })
     }
 
-    /// Adds what is at hand: a text, a link's text, or nothing for a directory.
+    /// Adds what is at hand: a text, a link's text, or nothing for a directory. It goes into the result itself, while
+    /// that has room.
     fn add_bytes(&mut self, name: String, kind: OutputKind, bytes: &[u8]) -> Result<Output, NotStorable> {
-        self.write(bytes)?;
         let digest = Digest::of(bytes);
-        if let Some(tier) = self.stores.tier {
-            super::restore::keep_bytes(tier, bytes, &digest, self.stores.memo)?;
-        }
-        Ok(Output {
-            name,
-            kind,
-            executable: false,
-            digest,
-            size_bytes: bytes.len() as u64,
-            permissions: None,
-        })
+        let size_bytes = bytes.len() as u64;
+        let inline = match self.inline_left_bytes.checked_sub(size_bytes) {
+            Some(left_bytes) => {
+                self.inline_left_bytes = left_bytes;
+                Some(bytes.to_vec().into())
+            }
+            None => {
+                self.write(bytes)?;
+                if let Some(tier) = self.stores.tier {
+                    super::restore::keep_bytes(tier, bytes, &digest, self.stores.memo)?;
+                }
+                None
+            }
+        };
+        Ok(Output { name, kind, executable: false, digest, size_bytes, permissions: None, inline })
     }
 
     /// Adds a file of a build script's: as text with variables, where it names a root and is text.
@@ -380,6 +396,7 @@ impl<'a> Packer<'a> {
             digest,
             size_bytes: identity.size_bytes,
             permissions: None,
+            inline: None,
         })
     }
 

@@ -62,10 +62,10 @@ pub(crate) fn from_local(
     let mut stager = Stager::new(unit, result)?;
     let mut files = Vec::with_capacity(result.outputs.len());
     for output in &result.outputs {
-        let object = tier.object(&output.digest, memo)?;
-        files.push(match output.kind {
-            OutputKind::Binary => Some(stager.place(output, &object)?),
-            _ => stager.stage_bytes(output, &fs::read(&object.0)?)?,
+        files.push(match (&output.inline, output.kind) {
+            (Some(bytes), _) => stager.stage_bytes(output, bytes)?,
+            (None, OutputKind::Binary) => Some(stager.place(output, &tier.object(&output.digest, memo)?)?),
+            (None, _) => stager.stage_bytes(output, &fs::read(tier.object(&output.digest, memo)?.0)?)?,
         });
     }
     stager.finish(files.into_iter().flatten().collect())
@@ -83,9 +83,13 @@ pub(crate) fn from_pack(
     memo: &Memo,
 ) -> io::Result<Restored> {
     let mut stager = Stager::new(unit, result)?;
-    let mut content = Decompressor::new(compressed, result.outputs_bytes())?;
+    let mut content = Decompressor::new(compressed, result.packed_bytes())?;
     let mut files = Vec::with_capacity(result.outputs.len());
     for output in &result.outputs {
+        if let Some(bytes) = &output.inline {
+            files.push(stager.stage_bytes(output, bytes)?);
+            continue;
+        }
         let mut part = (&mut content).take(output.size_bytes);
         files.push(match (output.kind, tier) {
             (OutputKind::Text | OutputKind::Directory | OutputKind::Link, _) => {
@@ -116,17 +120,34 @@ pub(crate) fn from_pack(
     }
 }
 
-/// What is left to do for a result without outputs.
+/// Stages what the result itself holds. Its other outputs, if it has any, are deferred.
 ///
 /// # Errors
 /// As [`from_local`].
-pub(crate) fn without_outputs(unit: &Unit, result: &StoredResult) -> io::Result<Restored> {
-    Stager::new(unit, result)?.finish(Vec::new())
+pub(crate) fn without_pack(unit: &Unit, result: &StoredResult) -> io::Result<Restored> {
+    let mut stager = Stager::new(unit, result)?;
+    let mut files = Vec::new();
+    for output in &result.outputs {
+        if let Some(bytes) = &output.inline {
+            files.extend(stager.stage_bytes(output, bytes)?);
+        }
+    }
+    stager.finish(files)
 }
 
 impl Restored {
     /// The message to the wrapper.
     pub(crate) fn to_hit(&self) -> Hit {
+        Hit {
+            renames: self.renames(),
+            stdout: self.stdout.clone(),
+            stderr: self.stderr.clone(),
+            promise: None,
+        }
+    }
+
+    /// What the wrapper is to move to its place.
+    pub(crate) fn renames(&self) -> Vec<Rename> {
         let bytes = |path: &Path| OsString::from(path).into_vec();
         let rename = |staged: &Path, destination: &Path| Rename {
             staged: bytes(staged),
@@ -135,11 +156,7 @@ impl Restored {
         let files = self.files.iter().filter_map(|file| Some(rename(file.path.as_ref()?, &file.destination)));
         let tree = self.tree.iter().map(|(staged, destination)| rename(staged.path(), destination));
         let launcher = self.launcher.iter().map(StagedLauncher::rename);
-        Hit {
-            renames: files.chain(tree).chain(launcher).collect(),
-            stdout: self.stdout.clone(),
-            stderr: self.stderr.clone(),
-        }
+        files.chain(tree).chain(launcher).collect()
     }
 
     /// After the wrapper has renamed all: remembers the digests, so that dependents need not read the files.

@@ -12,10 +12,11 @@ use tokio::sync::OwnedMutexGuard;
 use super::lookup::{self, Found, Tier};
 use super::prefetch::Build;
 use super::publish::{self, Job};
-use super::{Agent, Counted, DRAIN_TIMEOUT, launcher, record};
+use super::restore::Restored;
+use super::{Agent, Counted, DRAIN_TIMEOUT, deferral, launcher, record};
 use crate::invocation::{Invocation, Refusal};
 use crate::ipc::{self, Control, Finished, Request, Response, Run, UnitRequest};
-use crate::unit::Unit;
+use crate::unit::{Task, Unit};
 
 /// How often a wrapper hears that the agent is alive; a third of what it waits for.
 const HEARTBEAT: Duration = Duration::from_millis(500);
@@ -37,7 +38,7 @@ pub(super) async fn serve(agent: Arc<Agent>, stream: UnixStream) -> io::Result<(
             serve_unit(&agent, &mut connection, request, build).await
         }
         Request::Control(control) => serve_control(&agent, &mut connection, control).await,
-        _ => Err(io::Error::new(io::ErrorKind::InvalidData, "unexpected message")),
+        _ => Err(unexpected()),
     }
 }
 
@@ -65,18 +66,27 @@ async fn serve_unit(
     let mut launcher = None;
     match connection.while_working(decide(agent, request, build.as_ref())).await? {
         Decision::Restore(unit, found) => {
-            if !restore(agent, connection, &unit, *found).await? {
+            if !restore(agent, connection, &unit, *found, Asked { words: &words, build: build.as_ref() })
+                .await?
+            {
+                fulfil(agent, connection, build.as_ref()).await?;
                 run(connection, words, None, agent).await?;
             }
         }
         Decision::Compile(unit, gate) => {
+            if !matches!(unit.task, Task::Probe) {
+                fulfil(agent, connection, build.as_ref()).await?;
+            }
             let arguments = unit.compiler_arguments(&words);
             let recording = Recording { unit: Arc::clone(&unit), gate, build: build.clone() };
             if run(connection, arguments, Some(recording), agent).await? {
                 launcher = launcher::stage(&unit).map(|staged| (unit, staged));
             }
         }
-        Decision::Refuse => drop(run(connection, words, None, agent).await?),
+        Decision::Refuse => {
+            fulfil(agent, connection, build.as_ref()).await?;
+            run(connection, words, None, agent).await?;
+        }
     }
     drop(active);
     // The last unit of a build is one of the packages the user asked for, and nothing runs beside it.
@@ -135,11 +145,32 @@ async fn decide(agent: &Arc<Agent>, request: UnitRequest, build: Option<&Arc<Bui
     }
 }
 
+/// What a unit was asked for with, and in which build.
+struct Asked<'a> {
+    words: &'a [Vec<u8>],
+    build: Option<&'a Arc<Build>>,
+}
+
 /// Has the wrapper rename what is staged; says whether it could.
-async fn restore(agent: &Agent, connection: &mut Connection, unit: &Unit, found: Found) -> io::Result<bool> {
-    connection.send(&Response::Hit(found.restored.to_hit())).await?;
+async fn restore(
+    agent: &Agent,
+    connection: &mut Connection,
+    unit: &Arc<Unit>,
+    found: Found,
+    asked: Asked<'_>,
+) -> io::Result<bool> {
+    let mut hit = found.restored.to_hit();
+    if let Some(build) = asked.build.filter(|_| agent.config.lazy) {
+        hit.promise = deferral::promise(unit, asked.words, &found.result, found.is_deferred);
+        if found.is_deferred {
+            deferral::keep_stale(unit, &mut hit.stdout);
+            // What depends on it may ask as soon as cargo has heard of the hit.
+            build.deferral.owe(unit, &found.result).await;
+        }
+    }
+    connection.send(&Response::Hit(hit)).await?;
     let Request::Restored(renamed, latency_us) = connection.receive().await? else {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "unexpected message"));
+        return Err(unexpected());
     };
     let mut statistics = agent.statistics_of(unit);
     if !renamed {
@@ -150,11 +181,35 @@ async fn restore(agent: &Agent, connection: &mut Connection, unit: &Unit, found:
         Tier::Local => statistics.local_hits += 1,
         Tier::Remote => statistics.remote_hits += 1,
     }
+    statistics.deferred += u64::from(found.is_deferred);
     statistics.saved_ms += found.result.compile_ms;
     statistics.time_hit(latency_us);
     drop(statistics);
     found.restored.remember(&agent.memo);
     Ok(true)
+}
+
+/// Before a compiler runs: has the wrapper move to its place what was deferred. What cannot be had it makes itself.
+async fn fulfil(
+    agent: &Arc<Agent>,
+    connection: &mut Connection,
+    build: Option<&Arc<Build>>,
+) -> io::Result<()> {
+    let Some(build) = build.filter(|_| agent.config.lazy) else { return Ok(()) };
+    let mut owed = connection.while_working(build.deferral.settle()).await?;
+    if owed.is_empty() {
+        return Ok(());
+    }
+    let restored = connection.while_working(deferral::fetch_all(agent, build, &owed)).await?;
+    let renames = restored.iter().flat_map(Restored::renames).collect();
+    connection.send(&Response::Fulfil(renames)).await?;
+    let Request::Restored(renamed, _) = connection.receive().await? else { return Err(unexpected()) };
+    if renamed {
+        restored.into_iter().for_each(|restored| restored.remember(&agent.memo));
+    }
+    build.deferral.forget(&owed);
+    owed.clear();
+    Ok(())
 }
 
 /// Has the wrapper run the command; starts storing the result where there is a unit to record. Says whether it
@@ -172,7 +227,7 @@ async fn run(
     };
     connection.send(&Response::Run(message)).await?;
     let Request::Finished(finished) = connection.receive().await? else {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "unexpected message"));
+        return Err(unexpected());
     };
     let succeeded = finished.succeeded;
     if let Some(recording) = recording.filter(|_| succeeded) {
@@ -218,6 +273,10 @@ struct Recording {
     unit: Arc<Unit>,
     gate: Option<OwnedMutexGuard<()>>,
     build: Option<Arc<Build>>,
+}
+
+fn unexpected() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, "unexpected message")
 }
 
 struct Connection {

@@ -16,6 +16,8 @@ pub(crate) struct Statistics {
     pub(crate) local_hits: u64,
     /// Units restored from the server.
     pub(crate) remote_hits: u64,
+    /// Units among those whose outputs were deferred.
+    pub(crate) deferred: u64,
     /// Units that were looked up and compiled.
     pub(crate) misses: u64,
     /// Misses whose action is known, with the normalised name of the first input that differed.

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use cachec_protocol::frame::{Frame, MAGIC};
 use cachec_protocol::message::{LookupResponse, Manifest};
 use cachec_protocol::pack::{self, UPLOAD_LEVEL};
-use cachec_protocol::{ActionKey, BuildRecord, encode};
+use cachec_protocol::{ActionKey, BuildEntry, BuildRecord, encode};
 use serde::Deserialize;
 
 use super::fetch::Stream;
@@ -25,9 +25,22 @@ const MANIFESTS_BYTES: usize = 32 << 20;
 /// How the client wants it.
 #[derive(Debug, Deserialize)]
 pub struct Options {
-    /// Whether packs follow; a client with a local tier has most of them.
     #[serde(default)]
-    packs: bool,
+    packs: Packs,
+}
+
+/// Which packs follow the manifests.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Packs {
+    /// For a client with a local tier, which has most of them.
+    #[default]
+    None,
+    /// Those of units that not only compilers read: for a client that defers the others.
+    Final,
+    /// The others, without the manifests: for such a client that has to run a compiler after all.
+    Rest,
+    All,
 }
 
 /// Starts the stream.
@@ -39,8 +52,31 @@ pub async fn get(
 ) -> Result<Response, ApiError> {
     let build: ActionKey = build.parse().map_err(|_| ApiError::INVALID_DIGEST)?;
     let record = newest_record(&app, &namespace, build).await?.ok_or(ApiError::BLOB_NOT_FOUND)?;
+    let mut first = vec![Bytes::from_static(&MAGIC)];
+    if options.packs != Packs::Rest {
+        first.extend(manifests(&app, &namespace, build, &record).await?);
+    }
+    let mut seen = HashSet::new();
+    let is_wanted = |entry: &&BuildEntry| match options.packs {
+        Packs::None => false,
+        Packs::Final => !entry.for_compilers,
+        Packs::Rest => entry.for_compilers,
+        Packs::All => true,
+    };
+    let wanted = record.entries.iter().filter(is_wanted);
+    let packs = wanted.filter_map(|entry| entry.pack).filter(|pack| seen.insert(*pack)).collect();
+    Ok(Stream::new(app, namespace, first, packs).into_response())
+}
+
+/// The frame of the manifests of all units of a build: its header and its body.
+async fn manifests(
+    app: &App,
+    namespace: &Namespace,
+    build: ActionKey,
+    record: &BuildRecord,
+) -> Result<[Bytes; 2], ApiError> {
     // The results, their encoding and its compressed form are held at the same time.
-    let memory = app.message_memory(3 * MANIFESTS_BYTES).await?;
+    let _memory = app.message_memory(3 * MANIFESTS_BYTES).await?;
     // The record itself comes first: it tells the client which packs to wait for.
     let keys = std::iter::once(build).chain(record.entries.iter().map(|entry| entry.action_key)).collect();
     let manifests = app.store.lookup(namespace.clone(), keys, MANIFESTS_BYTES).await?;
@@ -48,13 +84,8 @@ pub async fn get(
         .await
         .map_err(|_| ApiError::INTERNAL)?
         .map_err(|_| ApiError::INTERNAL)?;
-    drop(memory);
     let header = Frame::Manifests { body_bytes: compressed.len() as u64 }.to_header();
-    let first = vec![Bytes::from_static(&MAGIC), Bytes::copy_from_slice(&header), compressed];
-    let mut seen = HashSet::new();
-    let packs = record.entries.iter().filter_map(|entry| entry.pack).filter(|pack| seen.insert(*pack));
-    let packs = if options.packs { packs.collect() } else { Vec::new() };
-    Ok(Stream::new(app, namespace, first, packs).into_response())
+    Ok([Bytes::copy_from_slice(&header), compressed])
 }
 
 /// The record of the last such build that this version can read.

@@ -57,6 +57,7 @@ pub(crate) fn result(action: u8, variant: u64, pack: Option<Digest>) -> StoredRe
         digest,
         size_bytes: 1,
         permissions: None,
+        inline: None,
     };
     StoredResult {
         action_key: ActionKey::from_bytes([action; 32]),

@@ -1,0 +1,272 @@
+//! `CACHEC_LAZY=1`: what only compilers read is not downloaded, until one runs; and every way out of that.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use cachec_bench::programs::programs;
+use cachec_bench::{Build, Machine, Project, Server};
+
+const NOTHING: [&str; 0] = [];
+
+/// A program over a library with a build script, a proc macro and another library, all stored on a server. Every crate
+/// has content that does not compress, so that its pack is a file of the server's.
+struct Bench {
+    server: Option<Server>,
+    data: tempfile::TempDir,
+    first: Machine,
+    directory: tempfile::TempDir,
+}
+
+impl Bench {
+    fn new() -> Result<Self> {
+        let data = tempfile::tempdir()?;
+        let server = Server::start(data.path(), &["--recompress-level", "0"])?;
+        let bench = Self {
+            first: Machine::with_server(&server.url)?,
+            server: Some(server),
+            data,
+            directory: tempfile::tempdir()?,
+        };
+        let project = bench.project("first")?;
+        cargo(&bench.first, &project, &["build", "-p", "app"])?;
+        bench.first.cachec(&project.root, &["flush"])?;
+        assert_eq!(bench.first.statistics(&project.root)?["not_stored"], serde_json::json!({}));
+        Ok(bench)
+    }
+
+    /// A fresh checkout.
+    fn project(&self, name: &str) -> Result<Project> {
+        let project = Project { root: self.directory.path().join(name) };
+        project.write(
+            "Cargo.toml",
+            "[workspace]\nmembers = [\"app\", \"middle\", \"leaf\", \"macros\"]\nresolver = \"3\"\n",
+        )?;
+        project.package("leaf", &[])?;
+        project.package("middle", &["leaf", "macros"])?;
+        project.package("app", &["middle"])?;
+        project.package("macros", &[])?;
+        let manifest = fs::read_to_string(project.root.join("macros/Cargo.toml"))?;
+        project.write("macros/Cargo.toml", &format!("{manifest}[lib]\nproc-macro = true\n"))?;
+        project.write(
+            "leaf/build.rs",
+            "fn main() {\n    let out = std::env::var(\"OUT_DIR\").unwrap();\n    \
+             println!(\"cargo:rerun-if-changed=noise\");\n    \
+             std::fs::copy(\"noise\", format!(\"{out}/noise\")).unwrap();\n    \
+             std::fs::write(format!(\"{out}/word.rs\"), \"pub const WORD: &str = \\\"generated\\\";\\n\").unwrap();\n}\n",
+        )?;
+        project.write(
+            "leaf/src/lib.rs",
+            "include!(concat!(env!(\"OUT_DIR\"), \"/word.rs\"));\n\
+             pub static NOISE: &[u8] = include_bytes!(concat!(env!(\"OUT_DIR\"), \"/noise\"));\n",
+        )?;
+        project.write(
+            "macros/src/lib.rs",
+            "use proc_macro::TokenStream;\n#[proc_macro]\npub fn number(_: TokenStream) -> TokenStream { \
+             \"7\".parse().unwrap() }\n",
+        )?;
+        project.write(
+            "middle/src/lib.rs",
+            "pub static NOISE: &[u8] = include_bytes!(\"noise\");\npub fn text() -> String {\n    \
+             format!(\"{} {} {}\", leaf::WORD, macros::number!(), leaf::NOISE.len() + NOISE.len())\n}\n",
+        )?;
+        project.write("app/src/main.rs", "fn main() { println!(\"app {}\", middle::text()); }\n")?;
+        let mut state = 1_u32;
+        let noise: Vec<u8> = (0..200_000)
+            .map(|_| {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                state.to_le_bytes()[3]
+            })
+            .collect();
+        for name in ["leaf/noise", "middle/src/noise"] {
+            fs::write(project.root.join(name), &noise)?;
+        }
+        Ok(project)
+    }
+
+    /// A fresh container that defers, with the first machine's compiler, which scripts are told of.
+    fn container(&self) -> Result<Machine> {
+        let url = &self.server.as_ref().context("the server is there")?.url;
+        let machine = Machine::with_server(url)?.with("CACHEC_LAZY", "1");
+        Ok(machine.with("RUSTC", self.first.path("bin/rustc").to_string_lossy()))
+    }
+
+    /// Removes all that the server keeps in files, which is every pack.
+    fn lose_packs(&self) -> Result<()> {
+        for directory in fs::read_dir(self.data.path().join("blobs"))? {
+            for file in fs::read_dir(directory?.path())? {
+                fs::remove_file(file?.path())?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Runs cargo, which succeeds.
+fn cargo(machine: &Machine, project: &Project, arguments: &[&str]) -> Result<Build> {
+    let build = machine.cargo(&project.root, arguments)?;
+    assert!(build.success, "{}", build.stderr);
+    Ok(build)
+}
+
+fn change_app(project: &Project) -> Result<()> {
+    project.write("app/src/main.rs", "fn main() { println!(\"changed {}\", middle::text()); }\n")
+}
+
+fn counter(machine: &Machine, project: &Project, name: &str) -> Result<u64> {
+    Ok(machine.statistics(&project.root)?[name].as_u64().unwrap_or_default())
+}
+
+fn received_bytes(machine: &Machine, project: &Project) -> Result<u64> {
+    Ok(machine.statistics(&project.root)?["remote"]["received_bytes"].as_u64().unwrap_or_default())
+}
+
+#[test]
+fn a_build_of_hits_brings_the_program_alone() -> Result<()> {
+    let bench = Bench::new()?;
+    let project = bench.project("second")?;
+    let machine = bench.container()?;
+    let build = cargo(&machine, &project, &["build", "-p", "app"])?;
+    assert_eq!((build.compiled, build.stderr.contains("cachec:")), (Vec::new(), false));
+    assert_eq!(project.run_app()?, "app generated 7 400000");
+    assert_eq!(project.compiled_libraries()?, Vec::<PathBuf>::new());
+    // Two libraries, a proc macro and a script's output.
+    assert_eq!((counter(&machine, &project, "deferred")?, counter(&machine, &project, "misses")?), (4, 0));
+    let whole = bench.container()?.without("CACHEC_LAZY");
+    let other = bench.project("whole")?;
+    assert_eq!(cargo(&whole, &other, &["build", "-p", "app"])?.compiled, NOTHING);
+    assert_eq!(other.compiled_libraries()?.len(), 5);
+    let (lazy, whole) = (received_bytes(&machine, &project)?, received_bytes(&whole, &other)?);
+    assert!(lazy + 600_000 < whole, "{lazy} of {whole} bytes");
+    Ok(())
+}
+
+#[test]
+fn a_later_command_makes_do_with_what_is_there() -> Result<()> {
+    let bench = Bench::new()?;
+    let project = bench.project("second")?;
+    let machine = bench.container()?;
+    cargo(&machine, &project, &["build", "-p", "app"])?;
+    // The same again: asked for and found again.
+    let again = cargo(&machine, &project, &["build", "-p", "app"])?;
+    assert_eq!(again.compiled, NOTHING);
+    // rustdoc is not run through cachec, and loads the proc macro. `leaf` is merely checked for it, the first time.
+    assert_eq!(cargo(&machine, &project, &["doc", "-p", "middle"])?.compiled, ["leaf"]);
+    cargo(&machine, &project, &["build", "-p", "app"])?;
+    let tested = cargo(&machine, &project, &["test", "-p", "app"])?;
+    assert_eq!(tested.compiled, ["app"]);
+    Ok(())
+}
+
+#[test]
+fn without_cachec_everything_is_compiled_that_is_not_there() -> Result<()> {
+    let bench = Bench::new()?;
+    let project = bench.project("second")?;
+    cargo(&bench.container()?, &project, &["build", "-p", "app"])?;
+    project.write("leaf/noise", "shorter")?;
+    let plain = bench.container()?.with("RUSTC_WRAPPER", "");
+    let build = cargo(&plain, &project, &["build", "-p", "app"])?;
+    assert!(
+        ["app", "leaf", "macros", "middle"].iter().all(|name| build.compiled.contains(&(*name).to_owned()))
+    );
+    assert_eq!(project.run_app()?, "app generated 7 200007");
+    Ok(())
+}
+
+#[test]
+fn a_compiler_finds_what_was_deferred() -> Result<()> {
+    let bench = Bench::new()?;
+    let project = bench.project("second")?;
+    change_app(&project)?;
+    let machine = bench.container()?;
+    let build = cargo(&machine, &project, &["build", "-p", "app"])?;
+    assert_eq!(
+        (build.compiled.as_slice(), build.stderr.contains("cachec:")),
+        (&["app".to_owned()][..], false)
+    );
+    assert_eq!(project.run_app()?, "changed generated 7 400000");
+    assert_eq!(project.compiled_libraries()?.len(), 5);
+    assert!(cargo(&machine, &project, &["build", "-p", "app"])?.compiled.is_empty());
+    Ok(())
+}
+
+#[test]
+fn what_the_server_has_lost_is_made_again() -> Result<()> {
+    let bench = Bench::new()?;
+    let project = bench.project("second")?;
+    change_app(&project)?;
+    bench.lose_packs()?;
+    let machine = bench.container()?;
+    let build = cargo(&machine, &project, &["build", "-p", "app"])?;
+    // The script's program was never deferred, so that it was compiled for being lost.
+    assert_eq!(build.compiled, ["app", "build_script_build", "leaf", "macros", "middle"]);
+    assert_eq!(project.run_app()?, "changed generated 7 400000");
+    Ok(())
+}
+
+/// A wrapper that waits, where the program is to be compiled, for the test to have done something.
+fn with_pause(machine: Machine) -> Result<Machine> {
+    let wrapper = machine.path("bin/pausing");
+    let script = format!(
+        "#!/bin/sh\ncase \"$*\" in *\"--crate-name app \"*)\n: > {0}.reached\nwhile [ ! -e {0}.on ]; do sleep 0.02; \
+         done;; esac\nexec {1} \"$@\"\n",
+        wrapper.display(),
+        programs().client.display()
+    );
+    fs::write(&wrapper, script)?;
+    fs::set_permissions(&wrapper, fs::Permissions::from_mode(0o755))?;
+    let wrapper = wrapper.to_string_lossy().into_owned();
+    Ok(machine.with("RUSTC_WRAPPER", wrapper))
+}
+
+/// Builds, and does something when all but the program is there.
+fn build_with(machine: &Machine, project: &Project, meanwhile: impl FnOnce() -> Result<()>) -> Result<Build> {
+    let mark = |name: &str| machine.path(&format!("bin/pausing.{name}"));
+    std::thread::scope(|scope| {
+        let building = scope.spawn(|| cargo(machine, project, &["build", "-p", "app"]));
+        let started = Instant::now();
+        while !mark("reached").exists() {
+            anyhow::ensure!(started.elapsed() < Duration::from_secs(60), "the build has not come so far");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let done = meanwhile();
+        fs::write(mark("on"), "")?;
+        done?;
+        building.join().map_err(|_| anyhow::anyhow!("the build panicked"))?
+    })
+}
+
+#[test]
+fn a_server_that_goes_away_leaves_it_to_the_compiler() -> Result<()> {
+    let mut bench = Bench::new()?;
+    let project = bench.project("second")?;
+    change_app(&project)?;
+    let machine = with_pause(bench.container()?)?;
+    let server = bench.server.take();
+    let build = build_with(&machine, &project, || {
+        drop(server);
+        Ok(())
+    })?;
+    assert_eq!(build.compiled, ["app", "leaf", "macros", "middle"]);
+    // A launcher steps aside under a wrapper that is not cachec itself: the script was run.
+    assert!(build.stderr.contains("made 3 deferred units again"), "{}", build.stderr);
+    assert_eq!(project.run_app()?, "changed generated 7 400000");
+    Ok(())
+}
+
+#[test]
+fn an_agent_that_is_killed_leaves_it_to_the_wrapper() -> Result<()> {
+    let bench = Bench::new()?;
+    let project = bench.project("second")?;
+    let machine = with_pause(bench.container()?)?;
+    let build = build_with(&machine, &project, || {
+        machine.signal_agents("KILL");
+        Ok(())
+    })?;
+    // The new agent knows nothing of what the old one has promised.
+    assert_eq!(build.compiled, ["app", "leaf", "macros", "middle"]);
+    assert_eq!(project.run_app()?, "app generated 7 400000");
+    Ok(())
+}

@@ -1,0 +1,128 @@
+//! What a build's restored units still owe it (`CACHEC_LAZY=1`); see [`crate::deferred`].
+//!
+//! Once a compiler has to run, nothing more is deferred in that build: what is compiled next reads what came before.
+//!
+//! Locks: `owed` is held while what is owed is fetched and moved to its place, so that no other compiler starts
+//! meanwhile.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use cachec_protocol::{OutputKind, StoredResult};
+use futures_util::StreamExt as _;
+use tokio::sync::{Mutex, MutexGuard};
+
+use super::lookup::{self, Patience};
+use super::prefetch::Build;
+use super::restore::Restored;
+use super::{Agent, launcher};
+use crate::deferred::{DeferredFile, DeferredFiles};
+use crate::ipc::{Promise, Promised};
+use crate::unit::Unit;
+
+/// Packs that are waited for and staged at a time.
+const STAGING_TASKS: usize = 4;
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Deferral {
+    is_on: AtomicBool,
+    pub(super) files: DeferredFiles,
+    owed: Mutex<Vec<Owed>>,
+}
+
+/// A unit whose outputs are not there.
+#[derive(Debug, Clone)]
+pub(super) struct Owed {
+    unit: Arc<Unit>,
+    result: StoredResult,
+}
+
+impl Deferral {
+    pub(super) fn new(is_on: bool) -> Self {
+        Self { is_on: AtomicBool::new(is_on), files: DeferredFiles::default(), owed: Mutex::default() }
+    }
+
+    /// Whether units may still be deferred.
+    pub(super) fn is_on(&self) -> bool {
+        self.is_on.load(Ordering::Relaxed)
+    }
+
+    /// Notes that a unit's outputs are to come; what depends on it may ask at any moment.
+    pub(super) async fn owe(&self, unit: &Arc<Unit>, result: &StoredResult) {
+        self.owed.lock().await.push(Owed { unit: Arc::clone(unit), result: result.clone() });
+        self.files.extend(deferred_files(unit, result));
+    }
+
+    /// What is owed now; nobody else sees to it until this is dropped.
+    pub(super) async fn settle(&self) -> MutexGuard<'_, Vec<Owed>> {
+        self.is_on.store(false, Ordering::Relaxed);
+        self.owed.lock().await
+    }
+
+    /// Forgets about outputs that are there, or are going to be made by their commands.
+    pub(super) fn forget(&self, owed: &[Owed]) {
+        for Owed { unit, result } in owed {
+            let paths: Vec<PathBuf> = deferred_files(unit, result).map(|(path, _)| path).collect();
+            self.files.remove(paths.iter().map(PathBuf::as_path));
+        }
+    }
+}
+
+/// Fetches and stages what is owed; what cannot be had is left out.
+pub(super) async fn fetch_all(agent: &Arc<Agent>, build: &Arc<Build>, owed: &[Owed]) -> Vec<Restored> {
+    build.fetch_rest(agent);
+    let fetch = |Owed { unit, result }: Owed| async move {
+        lookup::obtain(agent, &unit, &result, Some(build), Patience::OfADownload).await
+    };
+    let fetched = futures_util::stream::iter(owed.to_vec()).map(fetch).buffered(STAGING_TASKS);
+    fetched.filter_map(std::future::ready).collect().await
+}
+
+/// Whether a result can be restored now and its pack later.
+pub(super) fn can_be_deferred(unit: &Unit, result: &StoredResult) -> bool {
+    let is_binary = result.packed().all(|output| output.kind == OutputKind::Binary);
+    unit.is_for_compilers() && unit.target_directory().is_some() && result.pack.is_some() && is_binary
+}
+
+/// How a unit's outputs could be made again; `None` where it has none that something could depend on.
+pub(super) fn promise(
+    unit: &Unit,
+    words: &[Vec<u8>],
+    result: &StoredResult,
+    is_deferred: bool,
+) -> Option<Promise> {
+    let outputs: Vec<Promised> = deferred_files(unit, result)
+        .map(|(path, file)| Promised {
+            path: path.into_os_string().into_encoded_bytes(),
+            digest: file.digest,
+            is_deferred,
+        })
+        .collect();
+    if outputs.is_empty() || launcher::kept_program(unit).is_some() {
+        return None;
+    }
+    let arguments = unit.compiler_arguments(words).into_iter().map(Into::into).collect();
+    Some(Promise { arguments, outputs })
+}
+
+/// Has cargo run a script again in a later build, whose output directory is not whole.
+pub(super) fn keep_stale(unit: &Unit, stdout: &mut Vec<u8>) {
+    let Some(script) = unit.script() else { return };
+    if stdout.last().is_some_and(|last| *last != b'\n') {
+        stdout.push(b'\n');
+    }
+    stdout.extend_from_slice(b"cargo:rerun-if-changed=");
+    // Nobody makes such a file.
+    stdout.extend_from_slice(script.output_directory.join(".cachec-deferred").as_os_str().as_encoded_bytes());
+    stdout.push(b'\n');
+}
+
+/// The files of a result that are deferred, if it is.
+fn deferred_files(unit: &Unit, result: &StoredResult) -> impl Iterator<Item = (PathBuf, DeferredFile)> {
+    let directory = unit.output_directory();
+    result.packed().filter(|output| output.kind == OutputKind::Binary).map(move |output| {
+        (directory.join(&output.name), DeferredFile { digest: output.digest, executable: output.executable })
+    })
+}

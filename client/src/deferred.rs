@@ -1,0 +1,272 @@
+//! Deferred outputs (`CACHEC_LAZY=1`): what only compilers read of a restored unit is not there until one runs.
+//!
+//! A build of nothing but hits then downloads what the user asked for, and nothing else. A deferred output is simply
+//! absent: there is no placeholder that a tool could take for the file. A later cargo command, with cachec or without,
+//! finds that the outputs are missing and asks for their units again.
+//!
+//! Within one cargo process a compiler may have to run after all. Before it does, the agent restores what was deferred,
+//! and the wrapper runs the commands of what could not be restored, in the order in which cargo asked for them. They
+//! are noted in the target directory:
+//!
+//! ```text
+//! TARGET/.cachec-deferred-<cargo's process id>-<its start time>    notes, as messages of `ipc`; locked while in use
+//! ```
+//!
+//! Of the environment a note has what cargo has added to its own; secrets of the build are not among it.
+//!
+//! Invariant: a unit is noted before cargo hears that it is done.
+
+use std::collections::HashMap;
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, File};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use cachec_protocol::Digest;
+use minicbor::bytes::ByteVec;
+use minicbor::{Decode, Encode};
+
+use crate::ipc::{self, Promise, Promised, Variable};
+use crate::process::start_time;
+
+const FILE_PREFIX: &str = ".cachec-deferred-";
+
+/// A file that is not there yet.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct DeferredFile {
+    pub(crate) digest: Digest,
+    pub(crate) executable: bool,
+}
+
+/// The files of one build that are not there yet, by path. Lock: one mutex, held for nothing else.
+#[derive(Debug, Default)]
+pub(crate) struct DeferredFiles(Mutex<HashMap<PathBuf, DeferredFile>>);
+
+impl DeferredFiles {
+    pub(crate) fn get(&self, path: &Path) -> Option<DeferredFile> {
+        self.files().get(path).copied()
+    }
+
+    pub(crate) fn extend(&self, files: impl IntoIterator<Item = (PathBuf, DeferredFile)>) {
+        self.files().extend(files);
+    }
+
+    pub(crate) fn remove<'p>(&self, paths: impl IntoIterator<Item = &'p Path>) {
+        let mut files = self.files();
+        for path in paths {
+            files.remove(path);
+        }
+    }
+
+    fn files(&self) -> MutexGuard<'_, HashMap<PathBuf, DeferredFile>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// How to make a unit's outputs, should they be needed and nobody have them.
+#[derive(Debug, Encode, Decode)]
+#[cbor(map)]
+pub(crate) struct Note {
+    #[n(0)]
+    pub(crate) program: ByteVec,
+    #[n(1)]
+    pub(crate) arguments: Vec<ByteVec>,
+    /// The program's name for itself.
+    #[n(2)]
+    pub(crate) name: Option<ByteVec>,
+    #[n(3)]
+    pub(crate) environment: Vec<Variable>,
+    #[n(4)]
+    pub(crate) working_directory: ByteVec,
+    #[n(5)]
+    pub(crate) outputs: Vec<Promised>,
+}
+
+/// The notes of one cargo process.
+#[derive(Debug)]
+pub(crate) struct Notes {
+    path: PathBuf,
+    cargo: u32,
+}
+
+impl Notes {
+    /// `None` where that process is none.
+    pub(crate) fn of(target_directory: &Path, cargo: u32) -> Option<Self> {
+        let name = format!("{FILE_PREFIX}{cargo}-{}", start_time(cargo)?);
+        Some(Self { path: target_directory.join(name), cargo })
+    }
+
+    /// Notes a unit, and removes what may be left of its deferred outputs by an earlier build.
+    ///
+    /// # Errors
+    /// Those of writing: the unit must not be deferred.
+    pub(crate) fn add(&self, note: &Note) -> io::Result<()> {
+        let mut file = self.open(File::options().append(true).create(true))?;
+        if file.metadata()?.len() == 0 {
+            self.remove_others();
+        }
+        file.write_all(&ipc::to_bytes(note))?;
+        for output in note.outputs.iter().filter(|output| output.is_deferred) {
+            match fs::remove_file(output.path()) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes what is still missing by running its commands. Where one makes something else than was promised, what came
+    /// after it is made again as well. Returns how many were run.
+    ///
+    /// # Errors
+    /// Those of reading the notes and of running the commands.
+    pub(crate) fn fulfil(&self) -> io::Result<usize> {
+        let mut file = match self.open(File::options().read(true).write(true)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
+            opened => opened?,
+        };
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes)?;
+        let environment = cargo_environment(self.cargo)?;
+        let (mut runs, mut differs) = (0, false);
+        let mut rest = bytes.as_slice();
+        while let Some((header, behind)) = rest.split_first_chunk::<4>() {
+            // A note that was cut off was not acted on.
+            let Some((body, behind)) = behind.split_at_checked(ipc::body_length(*header)?) else { break };
+            rest = behind;
+            let note: Note = ipc::from_body(body)?;
+            if differs || note.outputs.iter().any(|output| fs::symlink_metadata(output.path()).is_err()) {
+                note.run(&environment)?;
+                runs += 1;
+                differs |= note.outputs.iter().any(|output| !output.is_there());
+            }
+        }
+        // From here on everything is there.
+        file.set_len(0)?;
+        file.seek(SeekFrom::Start(0))?;
+        Ok(runs)
+    }
+
+    fn open(&self, options: &mut std::fs::OpenOptions) -> io::Result<File> {
+        let file = options.open(&self.path)?;
+        rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive)?;
+        Ok(file)
+    }
+
+    /// Removes the notes of processes that are no more.
+    fn remove_others(&self) {
+        for entry in
+            self.path.parent().and_then(|parent| fs::read_dir(parent).ok()).into_iter().flatten().flatten()
+        {
+            let name = entry.file_name();
+            let process = name.to_str().and_then(|name| name.strip_prefix(FILE_PREFIX)?.split_once('-'));
+            let is_over = |(id, started): (&str, &str)| {
+                id.parse().ok().and_then(start_time).as_deref() != Some(started)
+            };
+            if process.is_some_and(is_over) {
+                let _ = fs::remove_file(entry.path());
+            }
+        }
+    }
+}
+
+impl Note {
+    /// What is to be noted of this process's unit.
+    ///
+    /// # Errors
+    /// Where cargo's own environment cannot be told from what it has added.
+    pub(crate) fn of_this_process(
+        program: &OsStr,
+        name: Option<OsString>,
+        promise: &Promise,
+        cargo: u32,
+    ) -> io::Result<Self> {
+        let inherited = cargo_environment(cargo)?;
+        let added = std::env::vars_os().filter(|pair| !inherited.contains(pair));
+        Ok(Self {
+            program: program.as_bytes().to_vec().into(),
+            arguments: promise.arguments.clone(),
+            name: name.map(|name| name.into_vec().into()),
+            environment: added
+                .map(|(name, value)| Variable { name: name.into_vec(), value: value.into_vec() })
+                .collect(),
+            working_directory: std::env::current_dir()?.into_os_string().into_vec().into(),
+            outputs: promise.outputs.clone(),
+        })
+    }
+
+    /// Runs the command; a compiler writes into a directory of its own first, so that its outputs appear whole.
+    fn run(&self, environment: &[(OsString, OsString)]) -> io::Result<()> {
+        let mut arguments: Vec<&[u8]> = self.arguments.iter().map(|word| word.as_slice()).collect();
+        let directory = arguments.iter().position(|word| *word == b"--out-dir").map(|at| at + 1);
+        let scratch = match directory.and_then(|at| arguments.get(at)) {
+            Some(directory) => {
+                let place =
+                    Path::new(OsStr::from_bytes(&self.working_directory)).join(OsStr::from_bytes(directory));
+                Some(tempfile::Builder::new().prefix(".cachec-").tempdir_in(place)?)
+            }
+            None => None,
+        };
+        if let (Some(at), Some(scratch)) = (directory, &scratch) {
+            arguments[at] = scratch.path().as_os_str().as_bytes();
+        }
+        let mut command = Command::new(OsStr::from_bytes(&self.program));
+        command
+            .args(arguments.into_iter().map(OsStr::from_bytes))
+            .env_clear()
+            .envs(environment.iter().map(|(name, value)| (name, value)))
+            .envs(
+                self.environment
+                    .iter()
+                    .map(|pair| (OsStr::from_bytes(&pair.name), OsStr::from_bytes(&pair.value))),
+            )
+            .env(crate::wrapper::TRACED_VARIABLE, "1")
+            .current_dir(OsStr::from_bytes(&self.working_directory))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        if let Some(name) = &self.name {
+            command.arg0(OsStr::from_bytes(name));
+        }
+        crate::process::end_with_parent(&mut command);
+        let status = command.status()?;
+        if !status.success() {
+            let program = String::from_utf8_lossy(&self.program);
+            return Err(io::Error::other(format!("{program} ended with {status}")));
+        }
+        let Some(scratch) = scratch else { return Ok(()) };
+        for output in &self.outputs {
+            if let Some(name) = output.path().file_name() {
+                fs::rename(scratch.path().join(name), output.path())?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Promised {
+    fn path(&self) -> &Path {
+        Path::new(OsStr::from_bytes(&self.path))
+    }
+
+    /// Whether the file is there, with the content it should have.
+    fn is_there(&self) -> bool {
+        let digest = |file: File| blake3::Hasher::new().update_reader(file).map(|hasher| hasher.finalize());
+        File::open(self.path()).and_then(digest).is_ok_and(|digest| Digest::from(digest) == self.digest)
+    }
+}
+
+/// The environment that cargo was started with.
+fn cargo_environment(cargo: u32) -> io::Result<Vec<(OsString, OsString)>> {
+    let bytes = fs::read(format!("/proc/{cargo}/environ"))?;
+    let pairs = bytes.split(|byte| *byte == 0).filter_map(|pair| {
+        let at = pair.iter().position(|byte| *byte == b'=')?;
+        let text = |bytes: &[u8]| OsStr::from_bytes(bytes).to_owned();
+        Some((text(&pair[..at]), text(&pair[at + 1..])))
+    });
+    Ok(pairs.collect())
+}
