@@ -72,6 +72,21 @@ fn another_machine_is_served_by_the_server() -> Result<()> {
 }
 
 #[test]
+fn what_the_server_has_sent_is_kept_in_the_local_tier() -> Result<()> {
+    let data = tempfile::tempdir()?;
+    let server = Server::start(data.path(), &[])?;
+    let first = Bench::new(Machine::with_server(&server.url)?)?;
+    first.build(&[])?;
+    let laptop = Bench::new(Machine::new()?.with("CACHEC_URL", &server.url))?;
+    assert_eq!(laptop.build(&[])?.compiled, NOTHING);
+    assert_eq!(laptop.counter("remote_hits")?, 3);
+    let before = server.requests()?;
+    assert_eq!(laptop.rebuild()?.compiled, NOTHING);
+    assert_eq!((laptop.counter("local_hits")?, server.requests()?), (3, before));
+    Ok(())
+}
+
+#[test]
 fn a_fresh_machine_asks_once_and_later_for_what_has_changed() -> Result<()> {
     let data = tempfile::tempdir()?;
     let server = Server::start(data.path(), &[])?;

@@ -166,6 +166,46 @@ fn c_code_is_compiled_once() -> Result<()> {
 }
 
 #[test]
+fn debug_information_of_c_code_fits_a_moved_checkout() -> Result<()> {
+    // As `configure` and CMake do: compiled in the output directory, from sources that were copied there.
+    let script = "let run = |program: &str, words: &[&str]| assert!(Command::new(program).args(words).current_dir(&out).status().unwrap().success());\n\
+        let source = out.join(\"answer.c\");\n\
+        fs::copy(\"answer.c\", &source).unwrap();\n\
+        run(\"cc\", &[\"-g\", \"-c\", source.to_str().unwrap(), \"-o\", \"answer.o\"]);\n\
+        run(\"cc\", &[\"-gdwarf-4\", \"-Dother=second\", \"-Danswer=third\", \"-c\", source.to_str().unwrap(), \"-o\", \"second.o\"]);\n\
+        run(\"ar\", &[\"crs\", \"libanswer.a\", \"answer.o\", \"second.o\"]);\n\
+        println!(\"cargo:rustc-link-search=native={}\\ncargo:rustc-link-lib=static=answer\", out.display());";
+    let app = "unsafe extern \"C\" { safe fn answer() -> i32; }\nfn main() { println!(\"{}\", answer()); }";
+    let case = Case::script(app, script)?;
+    case.project.write("app/answer.c", "int answer(void) { return 1; }\nint other(void) { return 2; }\n")?;
+    assert!(case.runs()?);
+    let objects = || -> Result<[Vec<u8>; 3]> {
+        let out = case.out_directory()?;
+        Ok([
+            fs::read(out.join("answer.o"))?,
+            fs::read(out.join("libanswer.a"))?,
+            fs::read(case.project.root.join("target/debug/app"))?,
+        ])
+    };
+    let root = case.project.root.to_string_lossy().into_owned();
+    for object in objects()? {
+        let text = String::from_utf8_lossy(&object);
+        assert!(text.contains("/cachec///") && !text.contains(&root), "the object names {root}");
+    }
+    let moved = case.project.copy_to(&case.outside("elsewhere/moved"))?;
+    let build = case.machine.cargo(&moved.root, &["build"])?;
+    assert!(build.success && build.compiled.is_empty(), "{:?} {}", build.compiled, build.stderr);
+    assert_eq!(moved.run_app()?, "1");
+    // What the program itself says of its place stays as it is, and binds it there.
+    case.project.write("app/answer.c", "const char *place = __FILE__;\nint answer(void) { return place[0]; }\nint other(void) { return 2; }\n")?;
+    assert!(case.runs()? && !case.runs()?);
+    assert!(String::from_utf8_lossy(&objects()?[2]).contains(&root));
+    let moved = case.project.copy_to(&case.outside("elsewhere/again"))?;
+    assert!(was_run(&case.machine.cargo(&moved.root, &["build"])?));
+    Ok(())
+}
+
+#[test]
 fn a_script_that_asks_git_runs_again_after_a_commit() -> Result<()> {
     let script = "let output = Command::new(\"git\").args([\"describe\", \"--always\"]).output().unwrap();\n\
         fs::write(out.join(\"text.txt\"), output.stdout).unwrap();";

@@ -188,6 +188,19 @@ pub(crate) struct Run {
     /// The places to trace the run with, where the agent wants to store its result.
     #[n(1)]
     pub(crate) record: Option<Places>,
+    /// The roots to replace in the debug information that a build script leaves, longest path first.
+    #[n(2)]
+    pub(crate) remappings: Vec<Remapping>,
+}
+
+/// A root, by its path here and its name.
+#[derive(Debug, Clone, Encode, Decode)]
+#[cbor(map)]
+pub(crate) struct Remapping {
+    #[n(0)]
+    pub(crate) path: ByteVec,
+    #[n(1)]
+    pub(crate) name: String,
 }
 
 /// A launcher that takes the place of a build script's program.

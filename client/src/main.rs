@@ -13,6 +13,7 @@ mod breaker;
 mod cli;
 mod config;
 mod connect;
+mod debug_paths;
 mod deferred;
 mod dep_info;
 mod doctor;

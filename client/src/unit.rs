@@ -10,7 +10,7 @@ use cachec_protocol::{ActionKey, Argument, Digest, Fields, Root, Roots, RustcAct
 
 use crate::config::{Config, PathMode};
 use crate::invocation::{Invocation, Refusal, is_probe};
-use crate::ipc::UnitRequest;
+use crate::ipc::{Remapping, UnitRequest};
 use crate::memo::Memo;
 use crate::script::{self, Script};
 use crate::toolchain::{QUERY_VARIABLES, Query, Toolchain, Toolchains};
@@ -219,6 +219,15 @@ impl Unit {
         let tool = words[..invocation.tool_words].to_vec();
         let rest = without_incremental(&words[invocation.tool_words..]);
         [tool, arguments, rest].concat()
+    }
+
+    /// The roots to replace in the debug information that a build script leaves.
+    pub(crate) fn remappings(&self) -> Vec<Remapping> {
+        let of_a_root = |(root, path): (Root, &[u8])| Remapping {
+            path: path.to_vec().into(),
+            name: root.name().to_owned(),
+        };
+        if self.script().is_some() { self.roots.iter().map(of_a_root).collect() } else { Vec::new() }
     }
 
     /// Directories that are there wherever this unit can run: roots, outputs, dependencies.

@@ -21,7 +21,7 @@ use crate::invocation::{is_probe, is_storable_probe, target_directory};
 use crate::ipc::{self, Finished, Hit, Placement, Rename, Request, Response, Run, UnitRequest, Variable};
 use crate::process::{end_like, end_with_parent, umask};
 use crate::streams::{self, Recorded};
-use crate::{launcher, memo, notice};
+use crate::{debug_paths, launcher, memo, notice};
 
 /// Set for what a traced command starts: wrappers and launchers in there step aside.
 pub(crate) const TRACED_VARIABLE: &str = "CACHEC_TRACED";
@@ -248,6 +248,11 @@ impl Unit<'_> {
         } else {
             recorded.status
         };
+        if let Some(directory) =
+            std::env::var_os("OUT_DIR").filter(|_| status.success() && !run.remappings.is_empty())
+        {
+            debug_paths::remap_all(Path::new(&directory), &run.remappings);
+        }
         let finished = Finished {
             succeeded: status.success(),
             needs_real_paths: recorded.failed_unheard && status.success(),

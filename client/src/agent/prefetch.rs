@@ -194,8 +194,12 @@ impl Build {
         }
     }
 
-    /// What is to be published for the next build; `None` where the last record says the same.
+    /// What is to be published for the next build; `None` where the last record says the same, or the server was not
+    /// asked for anything.
     pub(super) fn new_record(&self) -> Option<PublishRequest> {
+        if !self.progress.borrow().started {
+            return None;
+        }
         let state = self.state();
         let entries: Vec<BuildEntry> = state.asked.iter().filter_map(|(_, entry)| *entry).collect();
         if entries.is_empty() || entries.iter().all(|entry| state.last.entries.contains(entry)) {
@@ -422,6 +426,11 @@ mod tests {
     #[test]
     fn a_record_is_left_where_it_says_something_new() {
         let build = build();
+        build.ask(result(1).action_key);
+        build.fits(&result(1), false);
+        assert!(build.new_record().is_none());
+        build.state().asked.clear();
+        build.progress.send_modify(|progress| progress.started = true);
         assert!(build.new_record().is_none());
         for number in [1, 2] {
             build.ask(result(number).action_key);

@@ -220,10 +220,12 @@ async fn run(
     recording: Option<Recording>,
     agent: &Arc<Agent>,
 ) -> io::Result<bool> {
+    let remappings = recording.as_ref().map(|recording| recording.unit.remappings()).unwrap_or_default();
     let recording = recording.filter(|_| agent.stores());
     let message = Run {
         arguments: arguments.into_iter().map(Into::into).collect(),
         record: recording.as_ref().map(|recording| recording.unit.places()),
+        remappings,
     };
     connection.send(&Response::Run(message)).await?;
     let Request::Finished(finished) = connection.receive().await? else {

@@ -1,0 +1,131 @@
+//! Debug information of C and C++ that a build script has compiled: roots' paths in it are replaced, so that the objects
+//! fit a moved checkout and what is linked from them does, too.
+//!
+//! rustc is told to do so (`--remap-path-prefix`); C compilers could be told by variables alone, which scripts see. So
+//! it is done afterwards, in place: `/home/me/app/target` becomes `/cachec/////target`, of the same length, in the
+//! sections `.debug_…` of ELF files and of archives of them. Nothing else in a file changes. A root whose path is
+//! shorter than that stays, and binds the result.
+
+use std::fs::{self, File, FileTimes};
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+
+use object::read::archive::ArchiveFile;
+use object::{Object, ObjectSection};
+
+use crate::ipc::Remapping;
+use crate::unit::REMAPPED;
+
+/// A larger file is left alone.
+const MAX_FILE_BYTES: u64 = 512 << 20;
+
+/// Replaces roots' paths in the debug information of all files below a directory. What fails is left as it is.
+pub(crate) fn remap_all(directory: &Path, remappings: &[Remapping]) {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        let Ok(metadata) = entry.metadata() else { continue };
+        if metadata.is_dir() {
+            remap_all(&entry.path(), remappings);
+        // Another name of the file may be somebody else's.
+        } else if metadata.is_file() && metadata.nlink() == 1 && metadata.len() <= MAX_FILE_BYTES {
+            let _ = remap(&entry.path(), &metadata, remappings);
+        }
+    }
+}
+
+fn remap(path: &Path, metadata: &fs::Metadata, remappings: &[Remapping]) -> io::Result<()> {
+    let mut magic = [0; 4];
+    File::open(path)?.read_exact_at(&mut magic, 0)?;
+    if ![b"\x7fELF", b"!<ar"].contains(&&magic) {
+        return Ok(());
+    }
+    let content = fs::read(path)?;
+    let edits = edits(&content, remappings);
+    if edits.is_empty() {
+        return Ok(());
+    }
+    let file = File::options().write(true).open(path)?;
+    for (at, text) in edits {
+        file.write_all_at(&text, at as u64)?;
+    }
+    // Make compares times.
+    file.set_times(FileTimes::new().set_accessed(metadata.accessed()?).set_modified(metadata.modified()?))
+}
+
+/// What is to be written where.
+fn edits(content: &[u8], remappings: &[Remapping]) -> Vec<(usize, Vec<u8>)> {
+    let mut edits: Vec<(usize, Vec<u8>)> = Vec::new();
+    let mut sections = None;
+    for remapping in remappings {
+        let path = remapping.path.as_slice();
+        let Some(replacement) = padded(&remapping.name, path.len()) else { continue };
+        for at in memchr::memmem::find_iter(content, path) {
+            let end = at + path.len();
+            let begins = at
+                .checked_sub(1)
+                .and_then(|before| content.get(before))
+                .is_none_or(|byte| !is_of_path(*byte));
+            let ends = content.get(end).is_none_or(|byte| matches!(byte, 0 | b'/'));
+            let sections = sections.get_or_insert_with(|| debug_sections(content));
+            let is_debug = sections.iter().any(|section| section.start <= at && end <= section.end);
+            // Longer paths come first; a root may be in another.
+            let is_free = !edits.iter().any(|(other, text)| *other < end && at < other + text.len());
+            if begins && ends && is_debug && is_free {
+                edits.push((at, replacement.clone()));
+            }
+        }
+    }
+    edits
+}
+
+/// `/cachec/NAME` with as many slashes as it takes.
+fn padded(name: &str, length: usize) -> Option<Vec<u8>> {
+    let slashes = length.checked_sub(REMAPPED.len() + name.len()).filter(|slashes| *slashes > 0)?;
+    Some([REMAPPED.as_bytes(), &vec![b'/'; slashes], name.as_bytes()].concat())
+}
+
+/// Whether a byte could be the end of what a path begins with.
+fn is_of_path(byte: u8) -> bool {
+    (b'!'..0x7f).contains(&byte) || byte >= 0x80
+}
+
+/// Where the uncompressed debug sections of an ELF file, or of an archive's members, are.
+fn debug_sections(content: &[u8]) -> Vec<Range<usize>> {
+    let Ok(archive) = ArchiveFile::parse(content) else { return sections_of(content, 0) };
+    let members = archive.members().filter_map(Result::ok).map(|member| member.file_range());
+    members
+        .filter(|(_, length)| *length > 0)
+        .filter_map(|(start, length)| {
+            let start = usize::try_from(start).ok()?;
+            Some(sections_of(content.get(start..start.checked_add(usize::try_from(length).ok()?)?)?, start))
+        })
+        .flatten()
+        .collect()
+}
+
+fn sections_of(file: &[u8], offset: usize) -> Vec<Range<usize>> {
+    let Ok(parsed) = object::File::parse(file) else { return Vec::new() };
+    let debug = parsed
+        .sections()
+        .filter(|section| section.name_bytes().is_ok_and(|name| name.starts_with(b".debug_")));
+    debug
+        .filter_map(|section| {
+            let (start, length) = section.file_range()?;
+            let start = offset.checked_add(usize::try_from(start).ok()?)?;
+            Some(start..start.checked_add(usize::try_from(length).ok()?)?)
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_replacement_is_as_long_as_the_path() {
+        assert_eq!(padded("target", 18).unwrap(), b"/cachec/////target");
+        assert_eq!(padded("target", 14).unwrap(), b"/cachec/target");
+        assert!(padded("target", 13).is_none());
+    }
+}
