@@ -222,10 +222,15 @@ fn with_pause(machine: Machine) -> Result<Machine> {
 }
 
 /// Builds, and does something when all but the program is there.
-fn build_with(machine: &Machine, project: &Project, meanwhile: impl FnOnce() -> Result<()>) -> Result<Build> {
+fn build_with(
+    machine: &Machine,
+    project: &Project,
+    arguments: &[&str],
+    meanwhile: impl FnOnce() -> Result<()>,
+) -> Result<Build> {
     let mark = |name: &str| machine.path(&format!("bin/pausing.{name}"));
     std::thread::scope(|scope| {
-        let building = scope.spawn(|| cargo(machine, project, &["build", "-p", "app"]));
+        let building = scope.spawn(|| cargo(machine, project, arguments));
         let started = Instant::now();
         while !mark("reached").exists() {
             anyhow::ensure!(started.elapsed() < Duration::from_secs(60), "the build has not come so far");
@@ -245,7 +250,7 @@ fn a_server_that_goes_away_leaves_it_to_the_compiler() -> Result<()> {
     change_app(&project)?;
     let machine = with_pause(bench.container()?)?;
     let server = bench.server.take();
-    let build = build_with(&machine, &project, || {
+    let build = build_with(&machine, &project, &["build", "-p", "app"], || {
         drop(server);
         Ok(())
     })?;
@@ -261,12 +266,48 @@ fn an_agent_that_is_killed_leaves_it_to_the_wrapper() -> Result<()> {
     let bench = Bench::new()?;
     let project = bench.project("second")?;
     let machine = with_pause(bench.container()?)?;
-    let build = build_with(&machine, &project, || {
+    let build = build_with(&machine, &project, &["build", "-p", "app"], || {
         machine.signal_agents("KILL");
         Ok(())
     })?;
     // The new agent knows nothing of what the old one has promised.
     assert_eq!(build.compiled, ["app", "leaf", "macros", "middle"]);
     assert_eq!(project.run_app()?, "app generated 7 400000");
+    Ok(())
+}
+
+#[test]
+fn what_is_made_again_and_differs_takes_its_dependents_along() -> Result<()> {
+    let bench = Bench::new()?;
+    // A crate whose every compile makes another one: what was compiled against the first does not fit the second.
+    let unsteady = |project: &Project| {
+        project.package("leaf", &["macros"])?;
+        project.write(
+            "macros/src/lib.rs",
+            "use proc_macro::TokenStream;\n#[proc_macro]\npub fn number(_: TokenStream) -> TokenStream { \
+             std::time::UNIX_EPOCH.elapsed().unwrap().as_nanos().to_string().parse().unwrap() }\n",
+        )?;
+        project.write("leaf/build.rs", "fn main() { println!(\"cargo:rerun-if-changed=noise\"); }\n")?;
+        project.write(
+            "leaf/src/lib.rs",
+            "pub const WORD: u128 = macros::number!();\npub static NOISE: &[u8] = include_bytes!(\"../noise\");\n",
+        )?;
+        project.write(
+            "middle/src/lib.rs",
+            "pub fn text() -> String { format!(\"{} {}\", leaf::WORD, leaf::NOISE.len()) }\n",
+        )
+    };
+    let arguments = ["build", "-p", "app", "-p", "middle"];
+    let first = bench.project("unsteady")?;
+    unsteady(&first)?;
+    cargo(&bench.first, &first, &arguments)?;
+    bench.first.cachec(&first.root, &["flush"])?;
+    let project = bench.project("second")?;
+    unsteady(&project)?;
+    change_app(&project)?;
+    let machine = with_pause(bench.container()?)?;
+    let build = build_with(&machine, &project, &arguments, || bench.lose_packs())?;
+    assert_eq!(build.compiled, ["app", "leaf", "macros", "middle"], "{}", build.stderr);
+    assert!(project.run_app()?.ends_with(" 200000"));
     Ok(())
 }

@@ -26,6 +26,8 @@ pub enum Arm {
     Mbx,
     /// cachec
     Cachec,
+    /// cachec with `CACHEC_LAZY=1`, which has nothing to do with a local store
+    Lazy,
 }
 
 impl Arm {
@@ -39,18 +41,27 @@ impl Arm {
             Self::Kache => "kache",
             Self::Mbx => "mbx",
             Self::Cachec => "cachec",
+            Self::Lazy => "lazy",
         }
     }
 
+    pub(super) fn has_local(self) -> bool {
+        self != Self::Lazy
+    }
+
     pub(super) fn has_remote(self) -> bool {
-        matches!(self, Self::Sccache | Self::Kache | Self::Mbx | Self::Cachec)
+        !matches!(self, Self::None | Self::Floor)
+    }
+
+    pub(super) fn is_own(self) -> bool {
+        matches!(self, Self::Cachec | Self::Lazy)
     }
 
     /// The packages that it is installed from, with their versions and features.
     fn packages(self) -> &'static [(&'static str, &'static [&'static str])] {
         const STORE: (&str, &[&str]) = ("s3s-fs@0.14.1", &["--features=binary"]);
         match self {
-            Self::None | Self::Floor | Self::Cachec => &[],
+            Self::None | Self::Floor | Self::Cachec | Self::Lazy => &[],
             Self::Sccache => &[("sccache@0.19.0", &["--no-default-features", "--features=redis"])],
             Self::Kache => &[("kache@2.0.0", &[]), STORE],
             Self::Mbx => &[("mbx@1.29.0", &[]), STORE],
@@ -70,7 +81,7 @@ impl Arm {
 
     /// The program whose processes are counted as the cache's.
     pub(super) fn process_name(self) -> Option<&'static str> {
-        self.has_remote().then_some(self.name())
+        if self.is_own() { Some("cachec") } else { self.has_remote().then_some(self.name()) }
     }
 
     /// Variables of a build with its state below `state`, and a server if there is one.
@@ -99,7 +110,7 @@ impl Arm {
                 ("KACHE_RUNTIME_DIR", below("run")),
             ],
             Self::Mbx => vec![("RUSTC_WRAPPER", String::new()), ("MBX_CACHE_DIR", below("tier"))],
-            Self::Cachec => {
+            Self::Cachec | Self::Lazy => {
                 let mut variables = vec![("RUSTC_WRAPPER", programs().client.display().to_string())];
                 if remote.is_none() {
                     variables.push(("CACHEC_DIR", below("tier")));
@@ -129,7 +140,14 @@ impl Arm {
                         .map(|(name, value)| (name, value.to_owned())),
                     );
                 }
-                Self::Cachec => variables.extend([("CACHEC_URL", url.to_owned()), ("CI", "true".into())]),
+                Self::Cachec | Self::Lazy => {
+                    let lazy = if self == Self::Lazy { "1" } else { "0" };
+                    variables.extend([
+                        ("CACHEC_URL", url.into()),
+                        ("CI", "true".into()),
+                        ("CACHEC_LAZY", lazy.into()),
+                    ]);
+                }
                 Self::None | Self::Floor => {}
             }
         }
@@ -151,7 +169,7 @@ impl Arm {
         match self {
             Self::Sccache => Some((peer("sccache"), &["--stop-server"])),
             Self::Kache => Some((peer("kache"), &["daemon", "stop"])),
-            Self::Cachec => Some((programs().client.clone(), &["stop"])),
+            Self::Cachec | Self::Lazy => Some((programs().client.clone(), &["stop"])),
             Self::None | Self::Floor | Self::Mbx => None,
         }
     }

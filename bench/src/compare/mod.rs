@@ -97,7 +97,9 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
         arms.rotate_left(round % count);
         for arm in arms {
             let rig = Rig::new(options, arm)?;
-            local(&rig, options, &mut report)?;
+            if arm.has_local() {
+                local(&rig, options, &mut report)?;
+            }
             if arm.has_remote() {
                 remote(&rig, options, &mut report)?;
             }
@@ -134,7 +136,13 @@ fn local(rig: &Rig, options: &Options, report: &mut Report) -> anyhow::Result<()
 fn remote(rig: &Rig, options: &Options, report: &mut Report) -> anyhow::Result<()> {
     let sources = rig.sources();
     let mut full = None;
-    for line in &options.cold_lines {
+    // A lazy client fills a server as any other does.
+    let cold_lines = if rig.arm == Arm::Lazy {
+        options.cold_lines.get(..1).unwrap_or_default()
+    } else {
+        &options.cold_lines
+    };
+    for line in cold_lines {
         drop(full.take());
         let server = remote::Remote::start(rig)?;
         rig.forget()?;

@@ -12,13 +12,14 @@ const WIDTH: u32 = 900;
 const MARGIN: u32 = 12;
 
 /// The arms' colours, readable with any colour vision.
-const COLOURS: [RGBColor; 6] = [
+const COLOURS: [RGBColor; 7] = [
     RGBColor(150, 150, 150),
     RGBColor(210, 210, 210),
     RGBColor(230, 159, 0),
     RGBColor(86, 180, 233),
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),
+    RGBColor(0, 158, 115),
 ];
 
 /// Draws an SVG file.

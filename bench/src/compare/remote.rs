@@ -42,7 +42,7 @@ impl Drop for Process {
 impl Remote {
     pub(super) fn start(rig: &Rig) -> anyhow::Result<Self> {
         let data = tempfile::Builder::new().prefix("remote-").tempdir()?;
-        if rig.arm == Arm::Cachec {
+        if rig.arm.is_own() {
             let server = Server::start(data.path(), &[])?;
             let url = server.url.clone();
             return Ok(Self { url, process: Process::Own(server), _data: data });
