@@ -42,6 +42,9 @@ pub struct Options {
     /// Lines that a server is filled over
     #[arg(long, value_delimiter = ',', default_values = ["0", "20/100"])]
     pub cold_lines: Vec<Line>,
+    /// Leave out the local stores of those that have servers
+    #[arg(long)]
+    pub remote_only: bool,
     /// Builds from nothing of each kind; the order of the arms alternates
     #[arg(long, default_value_t = 1)]
     pub rounds: usize,
@@ -97,7 +100,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
         arms.rotate_left(round % count);
         for arm in arms {
             let rig = Rig::new(options, arm)?;
-            if arm.has_local() {
+            if !arm.has_remote() || arm.has_local() && !options.remote_only {
                 local(&rig, options, &mut report)?;
             }
             if arm.has_remote() {
