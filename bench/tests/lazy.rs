@@ -52,15 +52,19 @@ impl Bench {
         project.write("macros/Cargo.toml", &format!("{manifest}[lib]\nproc-macro = true\n"))?;
         project.write(
             "leaf/build.rs",
+            // Not made to be run twice over the same directory.
             "fn main() {\n    let out = std::env::var(\"OUT_DIR\").unwrap();\n    \
-             println!(\"cargo:rerun-if-changed=noise\");\n    \
-             std::fs::copy(\"noise\", format!(\"{out}/noise\")).unwrap();\n    \
+             println!(\"cargo:rerun-if-changed=noise\\ncargo:rustc-link-search=native={out}\");\n    \
+             std::fs::create_dir(format!(\"{out}/made\")).unwrap();\n    \
+             std::fs::copy(\"noise\", format!(\"{out}/made/noise\")).unwrap();\n    \
+             std::fs::write(format!(\"{out}/place.txt\"), &out).unwrap();\n    \
              std::fs::write(format!(\"{out}/word.rs\"), \"pub const WORD: &str = \\\"generated\\\";\\n\").unwrap();\n}\n",
         )?;
         project.write(
             "leaf/src/lib.rs",
             "include!(concat!(env!(\"OUT_DIR\"), \"/word.rs\"));\n\
-             pub static NOISE: &[u8] = include_bytes!(concat!(env!(\"OUT_DIR\"), \"/noise\"));\n",
+             pub static NOISE: &[u8] = include_bytes!(concat!(env!(\"OUT_DIR\"), \"/made/noise\"));\n\
+             pub const PLACE: &str = include_str!(concat!(env!(\"OUT_DIR\"), \"/place.txt\"));\n",
         )?;
         project.write(
             "macros/src/lib.rs",
@@ -157,6 +161,10 @@ fn a_later_command_makes_do_with_what_is_there() -> Result<()> {
     cargo(&machine, &project, &["build", "-p", "app"])?;
     let tested = cargo(&machine, &project, &["test", "-p", "app"])?;
     assert_eq!(tested.compiled, ["app"]);
+    // What cargo runs may look at anything.
+    let other = bench.project("other")?;
+    assert_eq!(cargo(&bench.container()?, &other, &["run", "-p", "app"])?.compiled, NOTHING);
+    assert_eq!(other.compiled_libraries()?.len(), 5);
     Ok(())
 }
 
@@ -189,6 +197,9 @@ fn a_compiler_finds_what_was_deferred() -> Result<()> {
     assert_eq!(project.run_app()?, "changed generated 7 400000");
     assert_eq!(project.compiled_libraries()?.len(), 5);
     assert!(cargo(&machine, &project, &["build", "-p", "app"])?.compiled.is_empty());
+    // All is there as if nothing had been deferred, and the script is not run again.
+    let plain = machine.with("RUSTC_WRAPPER", "");
+    assert!(cargo(&plain, &project, &["build", "-p", "app"])?.compiled.is_empty());
     Ok(())
 }
 

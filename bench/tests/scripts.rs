@@ -196,12 +196,32 @@ fn debug_information_of_c_code_fits_a_moved_checkout() -> Result<()> {
     let build = case.machine.cargo(&moved.root, &["build"])?;
     assert!(build.success && build.compiled.is_empty(), "{:?} {}", build.compiled, build.stderr);
     assert_eq!(moved.run_app()?, "1");
-    // What the program itself says of its place stays as it is, and binds it there.
-    case.project.write("app/answer.c", "const char *place = __FILE__;\nint answer(void) { return place[0]; }\nint other(void) { return 2; }\n")?;
+    // What the program itself can see of its place stays as it is, and binds it there.
+    case.project.write("app/answer.c", "static const char place[] __attribute__((section(\".debug_own\"), used)) = __FILE__;\nint answer(void) { return place[0]; }\nint other(void) { return 2; }\n")?;
     assert!(case.runs()? && !case.runs()?);
     assert!(String::from_utf8_lossy(&objects()?[2]).contains(&root));
     let moved = case.project.copy_to(&case.outside("elsewhere/again"))?;
     assert!(was_run(&case.machine.cargo(&moved.root, &["build"])?));
+    Ok(())
+}
+
+#[test]
+fn debug_information_in_files_of_its_own_is_found_where_it_is() -> Result<()> {
+    let script = "let run = |program: &str, words: &[&str]| assert!(Command::new(program).args(words).current_dir(&out).status().unwrap().success());\n\
+        fs::write(out.join(\"a.c\"), \"int a(void) { return 1; }\").unwrap();";
+    for more in [
+        "run(\"cc\", &[\"-g\", \"-gsplit-dwarf\", \"-c\", \"a.c\", \"-o\", \"kept.o\"]);",
+        "run(\"cc\", &[\"-g\", \"-shared\", \"a.c\", \"-o\", \"kept.o\"]);",
+        "run(\"cc\", &[\"-g\", \"-c\", \"a.c\", \"-o\", \"kept.o\"]);\n\
+         run(\"objcopy\", &[\"--only-keep-debug\", \"kept.o\", \"a.debug\"]);\n\
+         run(\"objcopy\", &[\"--strip-debug\", \"--add-gnu-debuglink=a.debug\", \"kept.o\", \"stripped.o\"]);",
+    ] {
+        let case = Case::script("fn main() {}", &format!("{script}\n{more}"))?;
+        assert!(case.runs()?);
+        let object = fs::read(case.out_directory()?.join("kept.o"))?;
+        let root = case.project.root.to_string_lossy().into_owned();
+        assert!(String::from_utf8_lossy(&object).contains(&root), "{more}");
+    }
     Ok(())
 }
 

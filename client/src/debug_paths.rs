@@ -6,14 +6,15 @@
 //! sections `.debug_…` of ELF files and of archives of them. Nothing else in a file changes. A root whose path is
 //! shorter than that stays, and binds the result.
 
-use std::fs::{self, File, FileTimes};
+use std::fs::{self, DirEntry, File, FileTimes};
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use memchr::memmem;
 use object::read::archive::ArchiveFile;
-use object::{Object, ObjectSection};
+use object::{Architecture, Object, ObjectKind, ObjectSection, SectionFlags, elf};
 
 use crate::ipc::Remapping;
 use crate::unit::REMAPPED;
@@ -21,32 +22,58 @@ use crate::unit::REMAPPED;
 /// A larger file is left alone.
 const MAX_FILE_BYTES: u64 = 512 << 20;
 
-/// Replaces roots' paths in the debug information of all files below a directory. What fails is left as it is.
+/// Replaces roots' paths in the debug information of all relocatable objects and archives below a directory. What fails
+/// is left as it is; everything is, where debug information of an object is in another file, which is found by its path
+/// or its checksum.
 pub(crate) fn remap_all(directory: &Path, remappings: &[Remapping]) {
-    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
-        let Ok(metadata) = entry.metadata() else { continue };
-        if metadata.is_dir() {
-            remap_all(&entry.path(), remappings);
-        // Another name of the file may be somebody else's.
-        } else if metadata.is_file() && metadata.nlink() == 1 && metadata.len() <= MAX_FILE_BYTES {
-            let _ = remap(&entry.path(), &metadata, remappings);
+    let mut objects = Vec::new();
+    if collect(directory, remappings, &mut objects).is_ok() {
+        for (path, metadata) in objects {
+            let _ = remap(&path, &metadata, remappings);
         }
     }
 }
 
-fn remap(path: &Path, metadata: &fs::Metadata, remappings: &[Remapping]) -> io::Result<()> {
+/// Finds objects and archives that name a root.
+///
+/// # Errors
+/// Where there is debug information in a file of its own.
+fn collect(
+    directory: &Path,
+    remappings: &[Remapping],
+    found: &mut Vec<(PathBuf, fs::Metadata)>,
+) -> io::Result<()> {
+    for entry in fs::read_dir(directory)? {
+        let (path, metadata) = (entry.as_ref().map(DirEntry::path), entry.as_ref().map(DirEntry::metadata));
+        let (Ok(path), Ok(Ok(metadata))) = (path, metadata) else { continue };
+        if metadata.is_dir() {
+            collect(&path, remappings, found)?;
+        } else if metadata.is_file() && metadata.len() <= MAX_FILE_BYTES {
+            let is_apart = path.extension().is_some_and(|ending| ending == "dwo" || ending == "dwp");
+            let content = read_object(&path).unwrap_or_default();
+            if is_apart || memmem::find(&content, b".gnu_debuglink").is_some() {
+                return Err(io::Error::other("debug information of its own"));
+            }
+            // Another name of the file may be somebody else's.
+            if metadata.nlink() == 1 && !edits(&content, remappings).is_empty() {
+                found.push((path, metadata));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The content of an ELF file or an archive; nothing of another.
+fn read_object(path: &Path) -> io::Result<Vec<u8>> {
     let mut magic = [0; 4];
     File::open(path)?.read_exact_at(&mut magic, 0)?;
-    if ![b"\x7fELF", b"!<ar"].contains(&&magic) {
-        return Ok(());
-    }
-    let content = fs::read(path)?;
-    let edits = edits(&content, remappings);
-    if edits.is_empty() {
-        return Ok(());
-    }
+    if [b"\x7fELF", b"!<ar"].contains(&&magic) { fs::read(path) } else { Ok(Vec::new()) }
+}
+
+fn remap(path: &Path, metadata: &fs::Metadata, remappings: &[Remapping]) -> io::Result<()> {
+    let content = read_object(path)?;
     let file = File::options().write(true).open(path)?;
-    for (at, text) in edits {
+    for (at, text) in edits(&content, remappings) {
         file.write_all_at(&text, at as u64)?;
     }
     // Make compares times.
@@ -60,7 +87,7 @@ fn edits(content: &[u8], remappings: &[Remapping]) -> Vec<(usize, Vec<u8>)> {
     for remapping in remappings {
         let path = remapping.path.as_slice();
         let Some(replacement) = padded(&remapping.name, path.len()) else { continue };
-        for at in memchr::memmem::find_iter(content, path) {
+        for at in memmem::find_iter(content, path) {
             let end = at + path.len();
             let begins = at
                 .checked_sub(1)
@@ -104,12 +131,21 @@ fn debug_sections(content: &[u8]) -> Vec<Range<usize>> {
         .collect()
 }
 
+/// Those of one file. Programs and shared libraries are left alone, and objects of BPF: scripts embed them as they are.
 fn sections_of(file: &[u8], offset: usize) -> Vec<Range<usize>> {
     let Ok(parsed) = object::File::parse(file) else { return Vec::new() };
-    let debug = parsed
+    if parsed.kind() != ObjectKind::Relocatable || parsed.architecture() == Architecture::Bpf {
+        return Vec::new();
+    }
+    let is_debug = |section: &object::Section<'_, '_>| {
+        let is_named = section.name_bytes().is_ok_and(|name| name.starts_with(b".debug_"));
+        let SectionFlags::Elf { sh_flags, .. } = section.flags() else { return false };
+        // What is loaded the program can see.
+        is_named && !sh_flags.contains(elf::SHF_ALLOC)
+    };
+    parsed
         .sections()
-        .filter(|section| section.name_bytes().is_ok_and(|name| name.starts_with(b".debug_")));
-    debug
+        .filter(is_debug)
         .filter_map(|section| {
             let (start, length) = section.file_range()?;
             let start = offset.checked_add(usize::try_from(start).ok()?)?;

@@ -25,6 +25,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
 
 use cachec_protocol::Digest;
 use minicbor::bytes::ByteVec;
@@ -35,23 +36,30 @@ use crate::process::start_time;
 
 const FILE_PREFIX: &str = ".cachec-deferred-";
 
-/// A file that is not there yet.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct DeferredFile {
-    pub(crate) digest: Digest,
-    pub(crate) executable: bool,
+/// What is not there yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Deferred {
+    File { digest: Digest, executable: bool },
+    Directory,
 }
 
 /// The files of one build that are not there yet, by path. Lock: one mutex, held for nothing else.
 #[derive(Debug, Default)]
-pub(crate) struct DeferredFiles(Mutex<HashMap<PathBuf, DeferredFile>>);
+pub(crate) struct DeferredFiles(Mutex<HashMap<PathBuf, Deferred>>);
 
 impl DeferredFiles {
-    pub(crate) fn get(&self, path: &Path) -> Option<DeferredFile> {
+    pub(crate) fn get(&self, path: &Path) -> Option<Deferred> {
         self.files().get(path).copied()
     }
 
-    pub(crate) fn extend(&self, files: impl IntoIterator<Item = (PathBuf, DeferredFile)>) {
+    /// What is to come in a directory, by its name there.
+    pub(crate) fn inside(&self, directory: &Path) -> Vec<(OsString, Deferred)> {
+        let files = self.files();
+        let inside = files.iter().filter(|(path, _)| path.parent() == Some(directory));
+        inside.filter_map(|(path, file)| Some((path.file_name()?.to_owned(), *file))).collect()
+    }
+
+    pub(crate) fn extend(&self, files: impl IntoIterator<Item = (PathBuf, Deferred)>) {
         self.files().extend(files);
     }
 
@@ -62,7 +70,7 @@ impl DeferredFiles {
         }
     }
 
-    fn files(&self) -> MutexGuard<'_, HashMap<PathBuf, DeferredFile>> {
+    fn files(&self) -> MutexGuard<'_, HashMap<PathBuf, Deferred>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -84,6 +92,8 @@ pub(crate) struct Note {
     pub(crate) working_directory: ByteVec,
     #[n(5)]
     pub(crate) outputs: Vec<Promised>,
+    #[n(6)]
+    pub(crate) mark: Option<ByteVec>,
 }
 
 /// The notes of one cargo process.
@@ -196,6 +206,7 @@ impl Note {
                 .collect(),
             working_directory: std::env::current_dir()?.into_os_string().into_vec().into(),
             outputs: promise.outputs.clone(),
+            mark: promise.mark.clone(),
         })
     }
 
@@ -238,6 +249,9 @@ impl Note {
             let program = String::from_utf8_lossy(&self.program);
             return Err(io::Error::other(format!("{program} ended with {status}")));
         }
+        if let Some(mark) = &self.mark {
+            leave_mark(mark)?;
+        }
         let Some(scratch) = scratch else { return Ok(()) };
         for output in &self.outputs {
             if let Some(name) = output.path().file_name() {
@@ -258,6 +272,14 @@ impl Promised {
         let digest = |file: File| blake3::Hasher::new().update_reader(file).map(|hasher| hasher.finalize());
         File::open(self.path()).and_then(digest).is_ok_and(|digest| Digest::from(digest) == self.digest)
     }
+}
+
+/// Makes the file that cargo misses as long as a script's outputs are not there: it has been there for ever.
+///
+/// # Errors
+/// Those of making it: cargo runs the script again in its next build.
+pub(crate) fn leave_mark(path: &[u8]) -> io::Result<()> {
+    File::create(OsStr::from_bytes(path))?.set_modified(SystemTime::UNIX_EPOCH + Duration::from_secs(1))
 }
 
 /// The environment that cargo was started with.

@@ -6,7 +6,7 @@
 //!
 //! Invariant: what cannot be established with certainty makes the unit not stored, or not matched.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 
 use cachec_protocol::{Digest, Input, InputKind, InputSet, Root};
 
-use crate::deferred::{DeferredFile, DeferredFiles};
+use crate::deferred::{Deferred, DeferredFiles};
 use crate::dep_info::DepInfo;
 use crate::memo::Memo;
 use crate::places;
@@ -350,22 +350,46 @@ impl Files<'_> {
     fn digest(&self, path: &Path) -> Option<Digest> {
         match self.memo.digest(path) {
             Ok((digest, _)) => Some(digest),
-            Err(_) => Some(self.deferred(path)?.digest),
+            Err(_) => match self.deferred(path)? {
+                Deferred::File { digest, .. } => Some(digest),
+                Deferred::Directory => None,
+            },
         }
     }
 
     fn may_execute(&self, path: &Path) -> Option<bool> {
         match fs::metadata(path) {
             Ok(metadata) => Some(metadata.mode() & 0o111 != 0),
-            Err(_) => Some(self.deferred(path)?.executable),
+            Err(_) => match self.deferred(path)? {
+                Deferred::File { executable, .. } => Some(executable),
+                Deferred::Directory => Some(true),
+            },
         }
+    }
+
+    fn is_directory(&self, path: &Path) -> bool {
+        let is_there = fs::metadata(path).is_ok_and(|metadata| metadata.is_dir());
+        is_there || self.deferred(path) == Some(Deferred::Directory)
+    }
+
+    fn listing(&self, path: &Path) -> Option<Digest> {
+        let to_come = self.deferred.map(|deferred| deferred.inside(path)).unwrap_or_default();
+        let mut entries = match entries(path, |_| true) {
+            Err(error) if is_absence(&error) && self.is_directory(path) => Vec::new(),
+            found => found.ok()?,
+        };
+        entries.extend(to_come.into_iter().map(|(name, file)| match file {
+            Deferred::File { .. } => (name, b'f'),
+            Deferred::Directory => (name, b'd'),
+        }));
+        Some(digest_of_entries(entries))
     }
 
     fn is_absent(&self, path: &Path) -> bool {
         fs::metadata(path).is_err_and(|error| is_absence(&error)) && self.deferred(path).is_none()
     }
 
-    fn deferred(&self, path: &Path) -> Option<DeferredFile> {
+    fn deferred(&self, path: &Path) -> Option<Deferred> {
         self.deferred?.get(path)
     }
 }
@@ -390,12 +414,12 @@ fn present_digest(unit: &Unit, input: &Input, files: Files<'_>) -> Option<Option
     match input.kind {
         InputKind::File => Some(Some(files.digest(&path()?)?)),
         InputKind::Absent => files.is_absent(&path()?).then_some(None),
-        InputKind::Directory => fs::metadata(path()?).is_ok_and(|metadata| metadata.is_dir()).then_some(None),
+        InputKind::Directory => files.is_directory(&path()?).then_some(None),
         InputKind::Link => {
             let target = fs::read_link(path()?).ok()?;
             Some(Some(Digest::of(target.as_os_str().as_bytes())))
         }
-        InputKind::Listing => Some(Some(listing_digest(&path()?, |_| true).ok()?)),
+        InputKind::Listing => Some(Some(files.listing(&path()?)?)),
         InputKind::Mode => Some(Some(mode_digest(files.may_execute(&path()?)?))),
         InputKind::Program => Some(program_digest(unit, OsStr::from_bytes(&input.name), files.memo)),
         InputKind::Environment => variable_digest(unit, unit.variable(&input.name)),
@@ -432,6 +456,11 @@ pub(crate) fn is_absence(error: &io::Error) -> bool {
 /// # Errors
 /// Those of reading the directory.
 pub(crate) fn listing_digest(directory: &Path, counts: impl Fn(&Path) -> bool) -> io::Result<Digest> {
+    Ok(digest_of_entries(entries(directory, counts)?))
+}
+
+/// The names in a directory, with a letter for what each is.
+fn entries(directory: &Path, counts: impl Fn(&Path) -> bool) -> io::Result<Vec<(OsString, u8)>> {
     let mut entries = Vec::new();
     for entry in fs::read_dir(directory)? {
         let entry = entry?;
@@ -446,13 +475,17 @@ pub(crate) fn listing_digest(directory: &Path, counts: impl Fn(&Path) -> bool) -
             entries.push((entry.file_name(), letter));
         }
     }
+    Ok(entries)
+}
+
+fn digest_of_entries(mut entries: Vec<(OsString, u8)>) -> Digest {
     entries.sort_unstable();
     let mut hasher = blake3::Hasher::new();
     for (name, letter) in entries {
         hasher.update(name.as_bytes());
         hasher.update(&[0, letter]);
     }
-    Ok(hasher.finalize().into())
+    hasher.finalize().into()
 }
 
 fn mode_digest(may_execute: bool) -> Digest {

@@ -160,9 +160,12 @@ pub(crate) struct Promise {
     /// All arguments for the compiler.
     #[n(0)]
     pub(crate) arguments: Vec<ByteVec>,
-    /// The outputs that are no texts.
+    /// The outputs that are no texts of a compiler's.
     #[n(1)]
     pub(crate) outputs: Vec<Promised>,
+    /// A file that is to be there when the outputs are; see [`crate::deferred::leave_mark`].
+    #[n(2)]
+    pub(crate) mark: Option<ByteVec>,
 }
 
 /// An output that is there already, or is to be.
@@ -232,9 +235,9 @@ pub(crate) enum Response {
     /// JSON text.
     #[n(4)]
     Report(#[n(0)] String),
-    /// What was deferred is to be moved to its place.
+    /// What was deferred is to be moved to its place, and marked as being there.
     #[n(5)]
-    Fulfil(#[n(0)] Vec<Rename>),
+    Fulfil(#[n(0)] Vec<Rename>, #[n(1)] Vec<ByteVec>),
 }
 
 /// A message with its length in front.

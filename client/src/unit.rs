@@ -320,9 +320,12 @@ impl Task {
         }
     }
 
-    /// Coverage tools look for sources at the paths that the compiler saw.
+    /// Coverage tools look for sources at the paths that the compiler saw, and debuggers for `.dwo` files.
     fn has_exact_paths(&self) -> bool {
-        self.invocation().is_some_and(|invocation| invocation.value("-C instrument-coverage").is_some())
+        self.invocation().is_some_and(|invocation| {
+            invocation.value("-C instrument-coverage").is_some()
+                || invocation.value("-C split-debuginfo").is_some_and(|split| split == "unpacked")
+        })
     }
 }
 

@@ -16,7 +16,7 @@ use std::time::Instant;
 
 use crate::config::{Config, Mode, Surroundings};
 use crate::connect::{Address, Program};
-use crate::deferred::{Note, Notes};
+use crate::deferred::{Note, Notes, leave_mark};
 use crate::invocation::{is_probe, is_storable_probe, target_directory};
 use crate::ipc::{self, Finished, Hit, Placement, Rename, Request, Response, Run, UnitRequest, Variable};
 use crate::process::{end_like, end_with_parent, umask};
@@ -161,8 +161,11 @@ impl Unit<'_> {
                 return Ok(None);
             }
         }
-        if let Ok(Response::Fulfil(renames)) = &response {
-            response = session.ask(&Request::Restored(rename_all(renames).is_ok(), 0));
+        if let Ok(Response::Fulfil(renames, marks)) = &response {
+            let renamed = rename_all(renames).is_ok();
+            // Without its mark a script runs again in the next build.
+            marks.iter().for_each(|mark| drop(leave_mark(mark)));
+            response = session.ask(&Request::Restored(renamed, 0));
         }
         self.fulfil();
         match response {

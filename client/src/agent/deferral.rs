@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use cachec_protocol::{OutputKind, StoredResult};
+use cachec_protocol::{Digest, Output, OutputKind, StoredResult};
 use futures_util::StreamExt as _;
 use tokio::sync::{Mutex, MutexGuard};
 
@@ -17,7 +17,7 @@ use super::lookup::{self, Patience};
 use super::prefetch::Build;
 use super::restore::Restored;
 use super::{Agent, launcher};
-use crate::deferred::{DeferredFile, DeferredFiles};
+use crate::deferred::{Deferred, DeferredFiles};
 use crate::ipc::{Promise, Promised};
 use crate::unit::Unit;
 
@@ -70,20 +70,37 @@ impl Deferral {
     }
 }
 
+/// What was owed, staged.
+pub(super) struct Fetched {
+    pub(super) restored: Restored,
+    /// See [`Promise`].
+    pub(super) mark: Option<Vec<u8>>,
+}
+
 /// Fetches and stages what is owed; what cannot be had is left out.
-pub(super) async fn fetch_all(agent: &Arc<Agent>, build: &Arc<Build>, owed: &[Owed]) -> Vec<Restored> {
+pub(super) async fn fetch_all(agent: &Arc<Agent>, build: &Arc<Build>, owed: &[Owed]) -> Vec<Fetched> {
     build.fetch_rest(agent);
     let fetch = |Owed { unit, result }: Owed| async move {
-        lookup::obtain(agent, &unit, &result, Some(build), Patience::OfADownload).await
+        let restored = lookup::obtain(agent, &unit, &result, Some(build), Patience::OfADownload).await?;
+        Some(Fetched { restored, mark: mark(&unit) })
     };
     let fetched = futures_util::stream::iter(owed.to_vec()).map(fetch).buffered(STAGING_TASKS);
     fetched.filter_map(std::future::ready).collect().await
 }
 
-/// Whether a result can be restored now and its pack later.
+/// Whether a result can be restored now and its pack later: all that is in it is what compilers read. Of a script's
+/// outputs none is there meanwhile, so that it finds nothing half done should it run.
 pub(super) fn can_be_deferred(unit: &Unit, result: &StoredResult) -> bool {
-    let is_binary = result.packed().all(|output| output.kind == OutputKind::Binary);
-    unit.is_for_compilers() && unit.target_directory().is_some() && result.pack.is_some() && is_binary
+    let is_for_compilers = |output: &Output| {
+        let is_library = [".rlib", ".rmeta", ".so"].iter().any(|ending| output.name.ends_with(ending));
+        output.kind == OutputKind::Binary && (is_library || unit.script().is_some())
+    };
+    let has_links = result.outputs.iter().any(|output| output.kind == OutputKind::Link);
+    unit.is_for_compilers()
+        && unit.target_directory().is_some()
+        && result.pack.is_some()
+        && result.packed().all(is_for_compilers)
+        && !has_links
 }
 
 /// How a unit's outputs could be made again; `None` where it has none that something could depend on.
@@ -93,36 +110,48 @@ pub(super) fn promise(
     result: &StoredResult,
     is_deferred: bool,
 ) -> Option<Promise> {
-    let outputs: Vec<Promised> = deferred_files(unit, result)
-        .map(|(path, file)| Promised {
-            path: path.into_os_string().into_encoded_bytes(),
-            digest: file.digest,
-            is_deferred,
-        })
-        .collect();
+    let promised = |(path, file): (PathBuf, Deferred)| match file {
+        Deferred::File { digest, .. } => {
+            Some(Promised { path: path.into_os_string().into_encoded_bytes(), digest, is_deferred })
+        }
+        Deferred::Directory => None,
+    };
+    let outputs: Vec<Promised> = deferred_files(unit, result).filter_map(promised).collect();
     if outputs.is_empty() || launcher::kept_program(unit).is_some() {
         return None;
     }
     let arguments = unit.compiler_arguments(words).into_iter().map(Into::into).collect();
-    Some(Promise { arguments, outputs })
+    Some(Promise { arguments, outputs, mark: mark(unit).filter(|_| is_deferred).map(Into::into) })
 }
 
-/// Has cargo run a script again in a later build, whose output directory is not whole.
+/// For a script whose outputs are deferred, a file beside its output directory.
+fn mark(unit: &Unit) -> Option<Vec<u8>> {
+    let directory = unit.script()?.output_directory.parent()?;
+    Some(directory.join(".cachec-deferred").into_os_string().into_encoded_bytes())
+}
+
+/// Has cargo run a script again in a later build, as long as its outputs are not there.
 pub(super) fn keep_stale(unit: &Unit, stdout: &mut Vec<u8>) {
-    let Some(script) = unit.script() else { return };
+    let Some(mark) = mark(unit) else { return };
     if stdout.last().is_some_and(|last| *last != b'\n') {
         stdout.push(b'\n');
     }
-    stdout.extend_from_slice(b"cargo:rerun-if-changed=");
-    // Nobody makes such a file.
-    stdout.extend_from_slice(script.output_directory.join(".cachec-deferred").as_os_str().as_encoded_bytes());
-    stdout.push(b'\n');
+    stdout.extend([b"cargo:rerun-if-changed=".as_slice(), &mark, b"\n"].concat());
 }
 
-/// The files of a result that are deferred, if it is.
-fn deferred_files(unit: &Unit, result: &StoredResult) -> impl Iterator<Item = (PathBuf, DeferredFile)> {
+/// What of a result is deferred, if it is: a compiler's libraries, everything of a script's.
+fn deferred_files(unit: &Unit, result: &StoredResult) -> impl Iterator<Item = (PathBuf, Deferred)> {
     let directory = unit.output_directory();
-    result.packed().filter(|output| output.kind == OutputKind::Binary).map(move |output| {
-        (directory.join(&output.name), DeferredFile { digest: output.digest, executable: output.executable })
+    result.outputs.iter().filter_map(move |output| {
+        let digest = match (output.kind, &output.inline) {
+            (OutputKind::Binary, _) => output.digest,
+            (OutputKind::Text, Some(text)) if unit.script().is_some() => {
+                Digest::of(&unit.roots.expand(text).ok()?)
+            }
+            (OutputKind::Directory, _) => return Some((directory.join(&output.name), Deferred::Directory)),
+            _ => return None,
+        };
+        let file = Deferred::File { digest, executable: output.executable };
+        Some((directory.join(&output.name), file))
     })
 }

@@ -95,7 +95,7 @@ async fn find_remotely(
     let is_deferred = defers && deferral::can_be_deferred(unit, &result);
     let restored = if is_deferred {
         let (unit, result) = (Arc::clone(unit), result.clone());
-        blocking(move || restore::without_pack(&unit, &result).ok()).await?
+        blocking(move || restore::deferred(&unit, &result).ok()).await?
     } else {
         obtain(agent, unit, &result, build, Patience::OfItsCompile).await?
     };

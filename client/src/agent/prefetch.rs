@@ -142,7 +142,7 @@ impl Build {
         Some(Self {
             key,
             cargo,
-            deferral: Deferral::new(arguments.first().is_some_and(|command| is_only_compiling(command))),
+            deferral: Deferral::new(is_only_compiling(&arguments)),
             progress: watch::Sender::default(),
             state: Mutex::default(),
         })
@@ -375,9 +375,13 @@ fn own_packages(lock: &Path) -> Option<Vec<String>> {
     Some(names)
 }
 
-/// Whether one of cargo's commands runs compilers alone on what it has compiled, and no other tool such as rustdoc.
-fn is_only_compiling(command: &[u8]) -> bool {
-    [b"build".as_slice(), b"b", b"check", b"c", b"run", b"r", b"rustc", b"install"].contains(&command)
+/// Whether a cargo command runs compilers alone on what it has compiled: neither rustdoc nor the program, and no tests,
+/// which are run from where they are.
+fn is_only_compiling(arguments: &[Vec<u8>]) -> bool {
+    let commands = [b"build".as_slice(), b"b", b"check", b"c", b"rustc", b"install"];
+    let is_one = arguments.first().is_some_and(|command| commands.contains(&command.as_slice()));
+    let tests = ["--test", "--bench", "--all-targets", "--example"];
+    is_one && !arguments.iter().any(|word| tests.iter().any(|test| word.starts_with(test.as_bytes())))
 }
 
 /// Whether one of cargo's arguments only says how it talks, or how much it does at a time.

@@ -120,7 +120,18 @@ pub(crate) fn from_pack(
     }
 }
 
-/// Stages what the result itself holds. Its other outputs, if it has any, are deferred.
+/// Stages a result whose outputs are deferred: the texts that cargo reads, and an empty directory for a script's.
+///
+/// # Errors
+/// As [`from_local`].
+pub(crate) fn deferred(unit: &Unit, result: &StoredResult) -> io::Result<Restored> {
+    match unit.script() {
+        Some(_) => Stager::new(unit, result)?.finish(Vec::new()),
+        None => without_pack(unit, result),
+    }
+}
+
+/// Stages what the result itself holds.
 ///
 /// # Errors
 /// As [`from_local`].

@@ -12,7 +12,6 @@ use tokio::sync::OwnedMutexGuard;
 use super::lookup::{self, Found, Tier};
 use super::prefetch::Build;
 use super::publish::{self, Job};
-use super::restore::Restored;
 use super::{Agent, Counted, DRAIN_TIMEOUT, deferral, launcher, record};
 use crate::invocation::{Invocation, Refusal};
 use crate::ipc::{self, Control, Finished, Request, Response, Run, UnitRequest};
@@ -165,7 +164,7 @@ async fn restore(
         if found.is_deferred {
             deferral::keep_stale(unit, &mut hit.stdout);
             // What depends on it may ask as soon as cargo has heard of the hit.
-            build.deferral.owe(unit, &found.result).await;
+            connection.while_working(build.deferral.owe(unit, &found.result)).await?;
         }
     }
     connection.send(&Response::Hit(hit)).await?;
@@ -200,12 +199,13 @@ async fn fulfil(
     if owed.is_empty() {
         return Ok(());
     }
-    let restored = connection.while_working(deferral::fetch_all(agent, build, &owed)).await?;
-    let renames = restored.iter().flat_map(Restored::renames).collect();
-    connection.send(&Response::Fulfil(renames)).await?;
+    let fetched = connection.while_working(deferral::fetch_all(agent, build, &owed)).await?;
+    let renames = fetched.iter().flat_map(|fetched| fetched.restored.renames()).collect();
+    let marks = fetched.iter().filter_map(|fetched| fetched.mark.clone()).map(Into::into).collect();
+    connection.send(&Response::Fulfil(renames, marks)).await?;
     let Request::Restored(renamed, _) = connection.receive().await? else { return Err(unexpected()) };
     if renamed {
-        restored.into_iter().for_each(|restored| restored.remember(&agent.memo));
+        fetched.into_iter().for_each(|fetched| fetched.restored.remember(&agent.memo));
     }
     build.deferral.forget(&owed);
     owed.clear();
