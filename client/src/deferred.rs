@@ -94,6 +94,9 @@ pub(crate) struct Note {
     pub(crate) outputs: Vec<Promised>,
     #[n(6)]
     pub(crate) mark: Option<ByteVec>,
+    /// When the unit was restored, in nanoseconds since the epoch.
+    #[n(7)]
+    pub(crate) restored_ns: u64,
 }
 
 /// The notes of one cargo process.
@@ -207,6 +210,7 @@ impl Note {
             working_directory: std::env::current_dir()?.into_os_string().into_vec().into(),
             outputs: promise.outputs.clone(),
             mark: promise.mark.clone(),
+            restored_ns: nanoseconds(SystemTime::now()),
         })
     }
 
@@ -252,11 +256,13 @@ impl Note {
         if let Some(mark) = &self.mark {
             leave_mark(mark)?;
         }
-        let Some(scratch) = scratch else { return Ok(()) };
         for output in &self.outputs {
-            if let Some(name) = output.path().file_name() {
+            if let (Some(scratch), Some(name)) = (&scratch, output.path().file_name()) {
                 fs::rename(scratch.path().join(name), output.path())?;
             }
+            // A script may have left less than the last time.
+            let _ =
+                set_modified(output.path(), SystemTime::UNIX_EPOCH + Duration::from_nanos(self.restored_ns));
         }
         Ok(())
     }
@@ -272,6 +278,19 @@ impl Promised {
         let digest = |file: File| blake3::Hasher::new().update_reader(file).map(|hasher| hasher.finalize());
         File::open(self.path()).and_then(digest).is_ok_and(|digest| Digest::from(digest) == self.digest)
     }
+}
+
+/// Has a file that comes late look as if it had come with the rest of its unit: cargo compares times.
+///
+/// # Errors
+/// Those of opening the file.
+pub(crate) fn set_modified(path: &Path, time: SystemTime) -> io::Result<()> {
+    File::open(path)?.set_modified(time)
+}
+
+fn nanoseconds(time: SystemTime) -> u64 {
+    let elapsed = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// Makes the file that cargo misses as long as a script's outputs are not there: it has been there for ever.

@@ -8,6 +8,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::SystemTime;
 
 use cachec_protocol::{Digest, Output, OutputKind, StoredResult};
 use futures_util::StreamExt as _;
@@ -37,6 +38,7 @@ pub(super) struct Deferral {
 pub(super) struct Owed {
     unit: Arc<Unit>,
     result: StoredResult,
+    since: SystemTime,
 }
 
 impl Deferral {
@@ -51,7 +53,11 @@ impl Deferral {
 
     /// Notes that a unit's outputs are to come; what depends on it may ask at any moment.
     pub(super) async fn owe(&self, unit: &Arc<Unit>, result: &StoredResult) {
-        self.owed.lock().await.push(Owed { unit: Arc::clone(unit), result: result.clone() });
+        self.owed.lock().await.push(Owed {
+            unit: Arc::clone(unit),
+            result: result.clone(),
+            since: SystemTime::now(),
+        });
         self.files.extend(deferred_files(unit, result));
     }
 
@@ -63,7 +69,7 @@ impl Deferral {
 
     /// Forgets about outputs that are there, or are going to be made by their commands.
     pub(super) fn forget(&self, owed: &[Owed]) {
-        for Owed { unit, result } in owed {
+        for Owed { unit, result, .. } in owed {
             let paths: Vec<PathBuf> = deferred_files(unit, result).map(|(path, _)| path).collect();
             self.files.remove(paths.iter().map(PathBuf::as_path));
         }
@@ -80,8 +86,9 @@ pub(super) struct Fetched {
 /// Fetches and stages what is owed; what cannot be had is left out.
 pub(super) async fn fetch_all(agent: &Arc<Agent>, build: &Arc<Build>, owed: &[Owed]) -> Vec<Fetched> {
     build.fetch_rest(agent);
-    let fetch = |Owed { unit, result }: Owed| async move {
-        let restored = lookup::obtain(agent, &unit, &result, Some(build), Patience::OfADownload).await?;
+    let fetch = |Owed { unit, result, since }: Owed| async move {
+        let mut restored = lookup::obtain(agent, &unit, &result, Some(build), Patience::OfADownload).await?;
+        restored.set_modified(since).ok()?;
         Some(Fetched { restored, mark: mark(&unit) })
     };
     let fetched = futures_util::stream::iter(owed.to_vec()).map(fetch).buffered(STAGING_TASKS);

@@ -12,6 +12,7 @@ use std::io::{self, Read, Write};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use cachec_protocol::pack::Decompressor;
 use cachec_protocol::{Digest, Output, OutputKind, StoredResult};
@@ -19,6 +20,7 @@ use tempfile::{NamedTempFile, TempDir, TempPath};
 
 use super::launcher::{self, StagedLauncher};
 use super::tree;
+use crate::deferred::set_modified;
 use crate::ipc::{Hit, Rename};
 use crate::local::LocalTier;
 use crate::memo::{Identity, Memo};
@@ -168,6 +170,24 @@ impl Restored {
         let tree = self.tree.iter().map(|(staged, destination)| rename(staged.path(), destination));
         let launcher = self.launcher.iter().map(StagedLauncher::rename);
         files.chain(tree).chain(launcher).collect()
+    }
+
+    /// Gives what is staged another time than now, but for files that others share.
+    ///
+    /// # Errors
+    /// Those of setting it.
+    pub(crate) fn set_modified(&mut self, time: SystemTime) -> io::Result<()> {
+        for file in &mut self.files {
+            let in_tree = self.tree.as_ref().and_then(|(staged, destination)| {
+                Some(staged.path().join(file.destination.strip_prefix(destination).ok()?))
+            });
+            let Some(path) = file.path.as_deref().or(in_tree.as_deref()) else { continue };
+            if fs::metadata(path)?.nlink() == 1 {
+                set_modified(path, time)?;
+                file.identity = Identity::of(&fs::metadata(path)?);
+            }
+        }
+        Ok(())
     }
 
     /// After the wrapper has renamed all: remembers the digests, so that dependents need not read the files.
