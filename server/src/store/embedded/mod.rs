@@ -39,7 +39,6 @@ mod results;
 mod rows;
 mod upload;
 
-use std::collections::VecDeque;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -53,6 +52,7 @@ use cachec_protocol::{ActionKey, Digest};
 
 use self::database::{Database, Family, is_absent};
 use self::ledger::Ledger;
+use self::recompress::Fresh;
 pub use self::recompress::Recompression;
 use self::rows::{BlobHome, Entry};
 use super::{
@@ -94,8 +94,7 @@ struct Engine {
     touches: Mutex<Vec<(Entry, u64)>>,
     /// The last sequence number that was given.
     sequence: AtomicU64,
-    /// Keys of blobs that came as files and wait for being recompressed.
-    fresh: Mutex<VecDeque<Vec<u8>>>,
+    fresh: Mutex<Fresh>,
 }
 
 /// The paths of a data directory.
@@ -283,7 +282,7 @@ impl Engine {
             results: ledger.totals.results,
             evicted_entries: ledger.evicted_entries,
             evicted_bytes: ledger.evicted_bytes,
-            waiting_blobs: self.fresh().len() as u64,
+            waiting_blobs: self.fresh().keys.len() as u64,
             recompressed_blobs: ledger.recompressed_blobs,
             saved_bytes: ledger.saved_bytes,
             database,

@@ -1,7 +1,7 @@
 //! Recompression: what was uploaded at a cheap level is compressed again at a high one, in the background.
 //!
 //! One thread at the lowest priority takes one blob after the other: those that an earlier process left as they came,
-//! then those that come. It rests while somebody uploads. Blobs in the database are too small to gain anything.
+//! then those that come. It rests while a build uploads. Blobs in the database are too small to gain anything.
 //!
 //! Invariants:
 //! - A blob is visible at every moment, with its old bytes or its new ones; a download of the old ones runs to its end.
@@ -16,7 +16,7 @@ use std::io::{self, Read, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cachec_protocol::pack::{self, Decompressor, Length};
 
@@ -31,6 +31,9 @@ use crate::store::{PutOutcome, StoreError};
 /// How often the thread looks for something to do.
 const REST: Duration = Duration::from_secs(1);
 
+/// A build that has uploaded nothing for so long is taken to be over.
+const QUIET: Duration = Duration::from_secs(10);
+
 /// After a failure, of which there may be many.
 const REST_AFTER_FAILURE: Duration = Duration::from_secs(60);
 
@@ -39,6 +42,19 @@ const STEP_BYTES: usize = 256 << 10;
 
 /// More blobs than this wait for the next start.
 const MAX_FRESH: usize = 1 << 16;
+
+/// Blobs that came as files and wait for being recompressed.
+#[derive(Debug, Default)]
+pub(super) struct Fresh {
+    pub(super) keys: VecDeque<Vec<u8>>,
+    last_upload: Option<Instant>,
+}
+
+impl Fresh {
+    fn is_growing(&self) -> bool {
+        self.last_upload.is_some_and(|last| last.elapsed() < QUIET)
+    }
+}
 
 /// The thread; stopped and waited for when dropped.
 #[derive(Debug)]
@@ -89,7 +105,7 @@ enum Outcome {
 impl Worker {
     fn run(mut self) {
         while !self.is_over.load(Ordering::Relaxed) {
-            if self.engine.ledger().reserved_bytes > 0 {
+            if self.engine.ledger().reserved_bytes > 0 || self.engine.fresh().is_growing() {
                 thread::park_timeout(REST);
                 continue;
             }
@@ -112,7 +128,7 @@ impl Worker {
     /// Takes the blob that waited longest off the list, unless it was one of the walk's.
     fn done(&self) {
         if self.walked.is_none() && !self.is_over.load(Ordering::Relaxed) {
-            self.engine.fresh().pop_front();
+            self.engine.fresh().keys.pop_front();
         }
     }
 
@@ -126,7 +142,7 @@ impl Worker {
                 return Ok(next);
             }
         }
-        Ok(self.engine.fresh().front().cloned())
+        Ok(self.engine.fresh().keys.front().cloned())
     }
 
     fn recompress(&self, key: &[u8]) -> Result<(), StoreError> {
@@ -237,16 +253,17 @@ impl Write for Output<'_> {
 }
 
 impl Engine {
-    /// Keys of the blobs that wait.
-    pub(super) fn fresh(&self) -> MutexGuard<'_, VecDeque<Vec<u8>>> {
+    /// The blobs that wait.
+    pub(super) fn fresh(&self) -> MutexGuard<'_, Fresh> {
         self.fresh.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Has a blob that came as a file wait for being recompressed.
     pub(super) fn note_fresh(&self, key: Vec<u8>) {
         let mut fresh = self.fresh();
-        if fresh.len() < MAX_FRESH {
-            fresh.push_back(key);
+        fresh.last_upload = Some(Instant::now());
+        if fresh.keys.len() < MAX_FRESH {
+            fresh.keys.push_back(key);
         }
     }
 
