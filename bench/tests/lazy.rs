@@ -92,7 +92,8 @@ impl Bench {
     /// A fresh container that defers, with the first machine's compiler, which scripts are told of.
     fn container(&self) -> Result<Machine> {
         let url = &self.server.as_ref().context("the server is there")?.url;
-        let machine = Machine::with_server(url)?.with("CACHEC_LAZY", "1");
+        let machine =
+            Machine::with_server(url)?.with("CACHEC_LAZY", "1").with("SECRET", "never to be written");
         Ok(machine.with("RUSTC", self.first.path("bin/rustc").to_string_lossy()))
     }
 
@@ -137,6 +138,13 @@ fn a_build_of_hits_brings_the_program_alone() -> Result<()> {
     assert_eq!(project.compiled_libraries()?, Vec::<PathBuf>::new());
     // Two libraries, a proc macro and a script's output.
     assert_eq!((counter(&machine, &project, "deferred")?, counter(&machine, &project, "misses")?), (4, 0));
+    // What is noted for the case that it is needed has nothing of what cargo itself was started with.
+    let mut notes = fs::read_dir(project.root.join("target"))?
+        .flatten()
+        .filter(|entry| entry.file_name().to_string_lossy().starts_with(".cachec-deferred-"));
+    let note = fs::read(notes.next().context("notes")?.path())?;
+    let note = String::from_utf8_lossy(&note);
+    assert!(note.contains("CARGO_PKG_NAME") && !note.contains("never to be written"));
     let whole = bench.container()?.without("CACHEC_LAZY");
     let other = bench.project("whole")?;
     assert_eq!(cargo(&whole, &other, &["build", "-p", "app"])?.compiled, NOTHING);
@@ -215,6 +223,48 @@ fn what_the_server_has_lost_is_made_again() -> Result<()> {
     assert_eq!(project.run_app()?, "changed generated 7 400000");
     let plain = machine.with("RUSTC_WRAPPER", "");
     assert!(cargo(&plain, &project, &["build", "-p", "app"])?.compiled.is_empty());
+    Ok(())
+}
+
+#[test]
+fn what_an_earlier_build_has_left_is_not_taken_for_what_is_deferred() -> Result<()> {
+    let bench = Bench::new()?;
+    let project = bench.project("second")?;
+    let machine = bench.container()?;
+    project.write("leaf/noise", "other")?;
+    let plain = bench.container()?.with("RUSTC_WRAPPER", "");
+    cargo(&plain, &project, &["build", "-p", "app"])?;
+    assert_eq!(project.compiled_libraries()?.len(), 5);
+    // Back to what is stored: only the proc macro is what it was, and fresh.
+    fs::copy(bench.directory.path().join("first/leaf/noise"), project.root.join("leaf/noise"))?;
+    fs::remove_dir_all(project.root.join("target/debug/.fingerprint"))?;
+    fs::remove_dir_all(project.root.join("target/debug/build"))?;
+    assert_eq!(cargo(&machine, &project, &["build", "-p", "app"])?.compiled, NOTHING);
+    assert_eq!(project.run_app()?, "app generated 7 400000");
+    assert_eq!(project.compiled_libraries()?, Vec::<PathBuf>::new());
+    Ok(())
+}
+
+#[test]
+fn what_debuggers_read_is_not_deferred_and_is_found_where_it_is() -> Result<()> {
+    let bench = Bench::new()?;
+    let project = bench.project("first")?;
+    // Such a build keeps its own paths, those of the machine among them.
+    let mut machine = bench.container()?.with("CARGO_PROFILE_DEV_SPLIT_DEBUGINFO", "unpacked");
+    machine.set("CACHEC_LAZY", "0");
+    cargo(&machine, &project, &["build", "-p", "middle"])?;
+    machine.cachec(&project.root, &["flush"])?;
+    machine.reset()?;
+    machine.set("CACHEC_LAZY", "1");
+    project.wipe()?;
+    assert_eq!(cargo(&machine, &project, &["build", "-p", "middle"])?.compiled, NOTHING);
+    let names = fs::read_dir(project.root.join("target/debug/deps"))?.flatten();
+    let dwo = names.filter(|entry| entry.file_name().to_string_lossy().ends_with(".dwo"));
+    assert!(dwo.filter(|entry| entry.file_name().to_string_lossy().starts_with("leaf-")).count() > 0);
+    for library in project.compiled_libraries()? {
+        let content = fs::read(library)?;
+        assert!(!String::from_utf8_lossy(&content).contains("/cachec/target/debug/deps/"));
+    }
     Ok(())
 }
 

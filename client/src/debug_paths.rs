@@ -28,9 +28,28 @@ const MAX_FILE_BYTES: u64 = 512 << 20;
 pub(crate) fn remap_all(directory: &Path, remappings: &[Remapping]) {
     let mut objects = Vec::new();
     if collect(directory, remappings, &mut objects).is_ok() {
-        for (path, metadata) in objects {
-            let _ = remap(&path, &metadata, remappings);
+        for object in objects {
+            let _ = object.write();
         }
+    }
+}
+
+/// An object or archive that names a root, and what is to be written where.
+struct Named {
+    path: PathBuf,
+    metadata: fs::Metadata,
+    edits: Vec<(usize, Vec<u8>)>,
+}
+
+impl Named {
+    fn write(&self) -> io::Result<()> {
+        let file = File::options().write(true).open(&self.path)?;
+        for (at, text) in &self.edits {
+            file.write_all_at(text, *at as u64)?;
+        }
+        // Make compares times.
+        let times = FileTimes::new().set_accessed(self.metadata.accessed()?);
+        file.set_times(times.set_modified(self.metadata.modified()?))
     }
 }
 
@@ -38,11 +57,7 @@ pub(crate) fn remap_all(directory: &Path, remappings: &[Remapping]) {
 ///
 /// # Errors
 /// Where there is debug information in a file of its own.
-fn collect(
-    directory: &Path,
-    remappings: &[Remapping],
-    found: &mut Vec<(PathBuf, fs::Metadata)>,
-) -> io::Result<()> {
+fn collect(directory: &Path, remappings: &[Remapping], found: &mut Vec<Named>) -> io::Result<()> {
     for entry in fs::read_dir(directory)? {
         let (path, metadata) = (entry.as_ref().map(DirEntry::path), entry.as_ref().map(DirEntry::metadata));
         let (Ok(path), Ok(Ok(metadata))) = (path, metadata) else { continue };
@@ -55,8 +70,9 @@ fn collect(
                 return Err(io::Error::other("debug information of its own"));
             }
             // Another name of the file may be somebody else's.
-            if metadata.nlink() == 1 && !edits(&content, remappings).is_empty() {
-                found.push((path, metadata));
+            let edits = if metadata.nlink() == 1 { edits(&content, remappings) } else { Vec::new() };
+            if !edits.is_empty() {
+                found.push(Named { path, metadata, edits });
             }
         }
     }
@@ -68,16 +84,6 @@ fn read_object(path: &Path) -> io::Result<Vec<u8>> {
     let mut magic = [0; 4];
     File::open(path)?.read_exact_at(&mut magic, 0)?;
     if [b"\x7fELF", b"!<ar"].contains(&&magic) { fs::read(path) } else { Ok(Vec::new()) }
-}
-
-fn remap(path: &Path, metadata: &fs::Metadata, remappings: &[Remapping]) -> io::Result<()> {
-    let content = read_object(path)?;
-    let file = File::options().write(true).open(path)?;
-    for (at, text) in edits(&content, remappings) {
-        file.write_all_at(&text, at as u64)?;
-    }
-    // Make compares times.
-    file.set_times(FileTimes::new().set_accessed(metadata.accessed()?).set_modified(metadata.modified()?))
 }
 
 /// What is to be written where.

@@ -19,7 +19,7 @@
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -32,6 +32,7 @@ use minicbor::bytes::ByteVec;
 use minicbor::{Decode, Encode};
 
 use crate::ipc::{self, Promise, Promised, Variable};
+use crate::memo::now_ns;
 use crate::process::start_time;
 
 const FILE_PREFIX: &str = ".cachec-deferred-";
@@ -63,10 +64,10 @@ impl DeferredFiles {
         self.files().extend(files);
     }
 
-    pub(crate) fn remove<'p>(&self, paths: impl IntoIterator<Item = &'p Path>) {
+    pub(crate) fn remove(&self, paths: impl IntoIterator<Item = PathBuf>) {
         let mut files = self.files();
         for path in paths {
-            files.remove(path);
+            files.remove(&path);
         }
     }
 
@@ -80,23 +81,20 @@ impl DeferredFiles {
 #[cbor(map)]
 pub(crate) struct Note {
     #[n(0)]
-    pub(crate) program: ByteVec,
-    #[n(1)]
-    pub(crate) arguments: Vec<ByteVec>,
+    program: ByteVec,
     /// The program's name for itself.
+    #[n(1)]
+    name: Option<ByteVec>,
+    /// What cargo has added to its own.
     #[n(2)]
-    pub(crate) name: Option<ByteVec>,
+    environment: Vec<Variable>,
     #[n(3)]
-    pub(crate) environment: Vec<Variable>,
+    working_directory: ByteVec,
     #[n(4)]
-    pub(crate) working_directory: ByteVec,
-    #[n(5)]
-    pub(crate) outputs: Vec<Promised>,
-    #[n(6)]
-    pub(crate) mark: Option<ByteVec>,
+    promise: Promise,
     /// When the unit was restored, in nanoseconds since the epoch.
-    #[n(7)]
-    pub(crate) restored_ns: u64,
+    #[n(5)]
+    restored_ns: i64,
 }
 
 /// The notes of one cargo process.
@@ -123,13 +121,11 @@ impl Notes {
             self.remove_others();
         }
         file.write_all(&ipc::to_bytes(note))?;
-        for output in note.outputs.iter().filter(|output| output.is_deferred) {
-            match fs::remove_file(output.path()) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                _ => {}
-            }
-        }
-        Ok(())
+        let deferred = note.promise.outputs.iter().filter(|_| note.promise.is_deferred);
+        deferred.map(|output| fs::remove_file(output.path())).try_for_each(|removed| match removed {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        })
     }
 
     /// Makes what is still missing by running its commands. Where one makes something else than was promised, what came
@@ -152,15 +148,15 @@ impl Notes {
             let Some((body, behind)) = behind.split_at_checked(ipc::body_length(*header)?) else { break };
             rest = behind;
             let note: Note = ipc::from_body(body)?;
-            if differs || note.outputs.iter().any(|output| fs::symlink_metadata(output.path()).is_err()) {
+            let outputs = &note.promise.outputs;
+            if differs || outputs.iter().any(|output| fs::symlink_metadata(output.path()).is_err()) {
                 note.run(&environment)?;
                 runs += 1;
-                differs |= note.outputs.iter().any(|output| !output.is_there());
+                differs |= outputs.iter().any(|output| !output.is_there());
             }
         }
         // From here on everything is there.
         file.set_len(0)?;
-        file.seek(SeekFrom::Start(0))?;
         Ok(runs)
     }
 
@@ -195,28 +191,26 @@ impl Note {
     pub(crate) fn of_this_process(
         program: &OsStr,
         name: Option<OsString>,
-        promise: &Promise,
+        promise: Promise,
         cargo: u32,
     ) -> io::Result<Self> {
         let inherited = cargo_environment(cargo)?;
         let added = std::env::vars_os().filter(|pair| !inherited.contains(pair));
         Ok(Self {
             program: program.as_bytes().to_vec().into(),
-            arguments: promise.arguments.clone(),
             name: name.map(|name| name.into_vec().into()),
             environment: added
                 .map(|(name, value)| Variable { name: name.into_vec(), value: value.into_vec() })
                 .collect(),
             working_directory: std::env::current_dir()?.into_os_string().into_vec().into(),
-            outputs: promise.outputs.clone(),
-            mark: promise.mark.clone(),
-            restored_ns: nanoseconds(SystemTime::now()),
+            promise,
+            restored_ns: now_ns(),
         })
     }
 
     /// Runs the command; a compiler writes into a directory of its own first, so that its outputs appear whole.
     fn run(&self, environment: &[(OsString, OsString)]) -> io::Result<()> {
-        let mut arguments: Vec<&[u8]> = self.arguments.iter().map(|word| word.as_slice()).collect();
+        let mut arguments: Vec<&[u8]> = self.promise.arguments.iter().map(|word| word.as_slice()).collect();
         let directory = arguments.iter().position(|word| *word == b"--out-dir").map(|at| at + 1);
         let scratch = match directory.and_then(|at| arguments.get(at)) {
             Some(directory) => {
@@ -253,16 +247,16 @@ impl Note {
             let program = String::from_utf8_lossy(&self.program);
             return Err(io::Error::other(format!("{program} ended with {status}")));
         }
-        if let Some(mark) = &self.mark {
+        if let Some(mark) = &self.promise.mark {
             leave_mark(mark)?;
         }
-        for output in &self.outputs {
+        let restored = Duration::from_nanos(self.restored_ns.unsigned_abs());
+        for output in &self.promise.outputs {
             if let (Some(scratch), Some(name)) = (&scratch, output.path().file_name()) {
                 fs::rename(scratch.path().join(name), output.path())?;
             }
             // A script may have left less than the last time.
-            let _ =
-                set_modified(output.path(), SystemTime::UNIX_EPOCH + Duration::from_nanos(self.restored_ns));
+            let _ = set_modified(output.path(), SystemTime::UNIX_EPOCH + restored);
         }
         Ok(())
     }
@@ -286,11 +280,6 @@ impl Promised {
 /// Those of opening the file.
 pub(crate) fn set_modified(path: &Path, time: SystemTime) -> io::Result<()> {
     File::open(path)?.set_modified(time)
-}
-
-fn nanoseconds(time: SystemTime) -> u64 {
-    let elapsed = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// Makes the file that cargo misses as long as a script's outputs are not there: it has been there for ever.

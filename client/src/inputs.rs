@@ -519,6 +519,27 @@ mod tests {
     }
 
     #[test]
+    fn what_is_deferred_counts_as_being_there() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        let (memo, deferred) = (Memo::default(), DeferredFiles::default());
+        let digest = Digest::of(b"later");
+        let later = Deferred::File { digest, executable: true };
+        deferred.extend([(path("made"), Deferred::Directory), (path("made/file"), later)]);
+        let (now, then) =
+            (Files { memo: &memo, deferred: None }, Files { memo: &memo, deferred: Some(&deferred) });
+        assert!(now.is_absent(&path("made/file")) && !then.is_absent(&path("made/file")));
+        assert!(!now.is_directory(&path("made")) && then.is_directory(&path("made")));
+        assert_eq!((now.digest(&path("made/file")), then.digest(&path("made/file"))), (None, Some(digest)));
+        assert_eq!(then.may_execute(&path("made/file")), Some(true));
+        let listings = [then.listing(directory.path()), then.listing(&path("made"))];
+        fs::create_dir(path("made")).unwrap();
+        fs::write(path("made/file"), "later").unwrap();
+        assert_eq!(listings, [now.listing(directory.path()), now.listing(&path("made"))]);
+        assert!(listings.iter().all(Option::is_some));
+    }
+
+    #[test]
     fn a_modules_other_place() {
         assert_eq!(other_module_file(b"src/a.rs"), Some(b"src/a/mod.rs".to_vec()));
         assert_eq!(other_module_file(b"src/a/mod.rs"), Some(b"src/a.rs".to_vec()));

@@ -163,6 +163,9 @@ pub(crate) struct Promise {
     /// The outputs that are no texts of a compiler's.
     #[n(1)]
     pub(crate) outputs: Vec<Promised>,
+    /// Whether the outputs are not there yet.
+    #[n(3)]
+    pub(crate) is_deferred: bool,
     /// A file that is to be there when the outputs are; see [`crate::deferred::leave_mark`].
     #[n(2)]
     pub(crate) mark: Option<ByteVec>,
@@ -177,8 +180,6 @@ pub(crate) struct Promised {
     pub(crate) path: Vec<u8>,
     #[n(1)]
     pub(crate) digest: Digest,
-    #[n(2)]
-    pub(crate) is_deferred: bool,
 }
 
 /// The compiler is to be run.

@@ -185,7 +185,7 @@ impl Unit<'_> {
         let Some(promise) = &hit.promise else { return Ok(()) };
         let cargo = self.cargo.unwrap_or_default();
         let name = self.command.is_script.then(launcher::own_name);
-        let note = Note::of_this_process(self.command.program, name, promise, cargo)?;
+        let note = Note::of_this_process(self.command.program, name, promise.clone(), cargo)?;
         self.notes().ok_or_else(|| io::Error::other("no place for notes"))?.add(&note)
     }
 

@@ -70,8 +70,7 @@ impl Deferral {
     /// Forgets about outputs that are there, or are going to be made by their commands.
     pub(super) fn forget(&self, owed: &[Owed]) {
         for Owed { unit, result, .. } in owed {
-            let paths: Vec<PathBuf> = deferred_files(unit, result).map(|(path, _)| path).collect();
-            self.files.remove(paths.iter().map(PathBuf::as_path));
+            self.files.remove(deferred_files(unit, result).map(|(path, _)| path));
         }
     }
 }
@@ -119,7 +118,7 @@ pub(super) fn promise(
 ) -> Option<Promise> {
     let promised = |(path, file): (PathBuf, Deferred)| match file {
         Deferred::File { digest, .. } => {
-            Some(Promised { path: path.into_os_string().into_encoded_bytes(), digest, is_deferred })
+            Some(Promised { path: path.into_os_string().into_encoded_bytes(), digest })
         }
         Deferred::Directory => None,
     };
@@ -128,7 +127,8 @@ pub(super) fn promise(
         return None;
     }
     let arguments = unit.compiler_arguments(words).into_iter().map(Into::into).collect();
-    Some(Promise { arguments, outputs, mark: mark(unit).filter(|_| is_deferred).map(Into::into) })
+    let mark = mark(unit).filter(|_| is_deferred).map(Into::into);
+    Some(Promise { arguments, outputs, is_deferred, mark })
 }
 
 /// For a script whose outputs are deferred, a file beside its output directory.

@@ -65,9 +65,8 @@ async fn serve_unit(
     let mut launcher = None;
     match connection.while_working(decide(agent, request, build.as_ref())).await? {
         Decision::Restore(unit, found) => {
-            if !restore(agent, connection, &unit, *found, Asked { words: &words, build: build.as_ref() })
-                .await?
-            {
+            let asked = Asked { words: &words, build: build.as_ref() };
+            if !restore(agent, connection, &unit, *found, asked).await? {
                 fulfil(agent, connection, build.as_ref()).await?;
                 run(connection, words, None, agent).await?;
             }
