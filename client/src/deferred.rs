@@ -32,7 +32,6 @@ use minicbor::bytes::ByteVec;
 use minicbor::{Decode, Encode};
 
 use crate::ipc::{self, Promise, Promised, Variable};
-use crate::memo::now_ns;
 use crate::process::start_time;
 
 const FILE_PREFIX: &str = ".cachec-deferred-";
@@ -94,7 +93,7 @@ pub(crate) struct Note {
     promise: Promise,
     /// When the unit was restored, in nanoseconds since the epoch.
     #[n(5)]
-    restored_ns: i64,
+    restored_ns: u64,
 }
 
 /// The notes of one cargo process.
@@ -187,14 +186,16 @@ impl Note {
     /// What is to be noted of this process's unit.
     ///
     /// # Errors
-    /// Where cargo's own environment cannot be told from what it has added.
+    /// Where cargo's own environment cannot be told from what it has added, or no file can be made.
     pub(crate) fn of_this_process(
         program: &OsStr,
         name: Option<OsString>,
         promise: Promise,
-        cargo: u32,
+        notes: &Notes,
     ) -> io::Result<Self> {
-        let inherited = cargo_environment(cargo)?;
+        let inherited = cargo_environment(notes.cargo)?;
+        let restored = file_time(notes.path.parent().unwrap_or(&notes.path))?;
+        let restored = restored.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let added = std::env::vars_os().filter(|pair| !inherited.contains(pair));
         Ok(Self {
             program: program.as_bytes().to_vec().into(),
@@ -204,7 +205,7 @@ impl Note {
                 .collect(),
             working_directory: std::env::current_dir()?.into_os_string().into_vec().into(),
             promise,
-            restored_ns: now_ns(),
+            restored_ns: u64::try_from(restored.as_nanos()).unwrap_or(u64::MAX),
         })
     }
 
@@ -250,7 +251,7 @@ impl Note {
         if let Some(mark) = &self.promise.mark {
             leave_mark(mark)?;
         }
-        let restored = Duration::from_nanos(self.restored_ns.unsigned_abs());
+        let restored = Duration::from_nanos(self.restored_ns);
         for output in &self.promise.outputs {
             if let (Some(scratch), Some(name)) = (&scratch, output.path().file_name()) {
                 fs::rename(scratch.path().join(name), output.path())?;
@@ -272,6 +273,14 @@ impl Promised {
         let digest = |file: File| blake3::Hasher::new().update_reader(file).map(|hasher| hasher.finalize());
         File::open(self.path()).and_then(digest).is_ok_and(|digest| Digest::from(digest) == self.digest)
     }
+}
+
+/// The time that a file made now in a directory has: a file system's clock may be behind the system's.
+///
+/// # Errors
+/// Those of making one.
+pub(crate) fn file_time(directory: &Path) -> io::Result<SystemTime> {
+    tempfile::tempfile_in(directory)?.metadata()?.modified()
 }
 
 /// Has a file that comes late look as if it had come with the rest of its unit: cargo compares times.
@@ -299,4 +308,21 @@ fn cargo_environment(cargo: u32) -> io::Result<Vec<(OsString, OsString)>> {
         Some((text(&pair[..at]), text(&pair[at + 1..])))
     });
     Ok(pairs.collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_made_later_is_not_older() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("file");
+        for _ in 0..100 {
+            let before = file_time(directory.path()).unwrap();
+            fs::write(&path, "later").unwrap();
+            assert!(fs::metadata(&path).unwrap().modified().unwrap() >= before);
+            fs::remove_file(&path).unwrap();
+        }
+    }
 }

@@ -183,10 +183,9 @@ impl Unit<'_> {
     /// Notes how a unit's outputs would be made, where the build defers some.
     fn note(&self, hit: &Hit) -> io::Result<()> {
         let Some(promise) = &hit.promise else { return Ok(()) };
-        let cargo = self.cargo.unwrap_or_default();
+        let notes = self.notes().ok_or_else(|| io::Error::other("no place for notes"))?;
         let name = self.command.is_script.then(launcher::own_name);
-        let note = Note::of_this_process(self.command.program, name, promise.clone(), cargo)?;
-        self.notes().ok_or_else(|| io::Error::other("no place for notes"))?.add(&note)
+        notes.add(&Note::of_this_process(self.command.program, name, promise.clone(), &notes)?)
     }
 
     /// Makes what was deferred and is not there, before a compiler that may read it.

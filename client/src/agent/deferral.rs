@@ -18,7 +18,7 @@ use super::lookup::{self, Patience};
 use super::prefetch::Build;
 use super::restore::Restored;
 use super::{Agent, launcher};
-use crate::deferred::{Deferred, DeferredFiles};
+use crate::deferred::{Deferred, DeferredFiles, file_time};
 use crate::ipc::{Promise, Promised};
 use crate::unit::Unit;
 
@@ -53,11 +53,11 @@ impl Deferral {
 
     /// Notes that a unit's outputs are to come; what depends on it may ask at any moment.
     pub(super) async fn owe(&self, unit: &Arc<Unit>, result: &StoredResult) {
-        self.owed.lock().await.push(Owed {
-            unit: Arc::clone(unit),
-            result: result.clone(),
-            since: SystemTime::now(),
-        });
+        let since =
+            unit.target_directory().map(|directory| file_time(&unit.working_directory.join(directory)));
+        // Where no file can be made, none will be noted.
+        let since = since.and_then(Result::ok).unwrap_or_else(SystemTime::now);
+        self.owed.lock().await.push(Owed { unit: Arc::clone(unit), result: result.clone(), since });
         self.files.extend(deferred_files(unit, result));
     }
 
