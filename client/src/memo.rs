@@ -71,6 +71,8 @@ impl Identity {
     }
 }
 
+/// A new link to a file looks like a change of it, and the local tier links what was just made.
+const HASH_RETRIES: usize = 3;
 /// More are not kept in a file; which ones is left to chance.
 const MAX_KEPT_ENTRIES: usize = 200_000;
 const MAX_FILE_BYTES: u64 = 64 << 20;
@@ -104,17 +106,26 @@ impl Memo {
     ///
     /// # Errors
     /// Those of opening and reading; `InvalidInput` for what is no regular file; `Interrupted` where the
-    /// file changed while it was read.
+    /// file changed each time that it was read.
     pub(crate) fn digest(&self, path: &Path) -> io::Result<(Digest, Identity)> {
         let metadata = std::fs::metadata(path)?;
         if !metadata.is_file() {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
         }
         let identity = Identity::of(&metadata);
-        match self.recall(&identity) {
-            Some(digest) => Ok((digest, identity)),
-            None => self.hash(&File::open(path)?),
+        if let Some(digest) = self.recall(&identity) {
+            return Ok((digest, identity));
         }
+        let mut hashed = self.hash(&File::open(path)?);
+        for _ in 0..HASH_RETRIES {
+            match &hashed {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {
+                    hashed = self.hash(&File::open(path)?);
+                }
+                _ => break,
+            }
+        }
+        hashed
     }
 
     fn hash(&self, file: &File) -> io::Result<(Digest, Identity)> {
@@ -194,6 +205,22 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+
+    #[test]
+    fn a_file_is_hashed_that_gets_a_link_meanwhile() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("file");
+        std::fs::write(&path, vec![1; 64 << 20]).unwrap();
+        let links = std::thread::spawn({
+            let path = path.clone();
+            move || {
+                std::thread::sleep(Duration::from_millis(5));
+                std::fs::hard_link(&path, path.with_extension("link")).unwrap();
+            }
+        });
+        assert!(Memo::default().digest(&path).is_ok());
+        links.join().unwrap();
+    }
 
     #[test]
     fn a_changed_file_is_hashed_again() {
