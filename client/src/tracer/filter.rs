@@ -164,10 +164,12 @@ pub(super) fn receive_listener(channel: &OwnedFd) -> Option<OwnedFd> {
 /// Has a stopped task and the supervisor take turns on one processor: only one of them ever has something to do. Where
 /// the kernel is too old for that (before 6.6), each wakes the other as it comes.
 pub(super) fn take_turns(listener: &OwnedFd) {
+    set_flags(listener, SYNC_WAKE_UP);
+}
+
+fn set_flags(listener: &OwnedFd, flags: libc::c_ulong) {
     // SAFETY: the flags are the argument itself.
-    unsafe {
-        libc::ioctl(listener.as_raw_fd(), libc::SECCOMP_IOCTL_NOTIF_SET_FLAGS, SYNC_WAKE_UP);
-    }
+    unsafe { libc::ioctl(listener.as_raw_fd(), libc::SECCOMP_IOCTL_NOTIF_SET_FLAGS, flags) };
 }
 
 /// `SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP` of `linux/seccomp.h`.
@@ -205,6 +207,14 @@ pub(super) fn let_go(listener: &OwnedFd, notification: &Notification) {
     };
     // SAFETY: the structure lives through the call.
     unsafe { libc::ioctl(listener.as_raw_fd(), libc::SECCOMP_IOCTL_NOTIF_SEND, &raw mut answer) };
+}
+
+/// As [`let_go`], but the task goes on where it was, not on this thread's processor: tasks that run side by side would
+/// gather there, and leave the others idle.
+pub(super) fn let_go_elsewhere(listener: &OwnedFd, notification: &Notification) {
+    set_flags(listener, 0);
+    let_go(listener, notification);
+    set_flags(listener, SYNC_WAKE_UP);
 }
 
 /// Whether the task of a stopped call is still waiting, so that what was read of its memory is its own.

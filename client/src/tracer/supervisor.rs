@@ -22,6 +22,8 @@ use super::syscalls::{self, Name, Operation, lower_half};
 const LEFTOVER_PATIENCE: Duration = Duration::from_millis(100);
 const MAX_PATH_BYTES: usize = 4096;
 const PAGE_BYTES: u64 = 4096;
+/// With so many calls in a row a task is taken to be alone.
+const LONG_ROW: u32 = 64;
 /// Options come before thousands of file names.
 const MAX_ARGUMENTS: u64 = 4096;
 
@@ -82,13 +84,18 @@ fn supervise(channel: &OwnedFd, ended: &UnixStream, places: &Places) -> Option<S
     filter::take_turns(&listener);
     let mut observation = Observation::new(places);
     let mut command_ended = false;
+    let mut tasks = Tasks::default();
     loop {
         match wait(&listener, ended, command_ended) {
             Event::Call => match filter::next_notification(&listener) {
                 Ok(Some(notification)) => {
                     observation.notifications += 1;
                     observe(&listener, &notification, &mut observation);
-                    filter::let_go(&listener, &notification);
+                    if tasks.are_many(notification.pid) {
+                        filter::let_go_elsewhere(&listener, &notification);
+                    } else {
+                        filter::let_go(&listener, &notification);
+                    }
                 }
                 Ok(None) => {}
                 Err(_) => {
@@ -100,6 +107,23 @@ fn supervise(channel: &OwnedFd, ended: &UnixStream, places: &Places) -> Option<S
             Event::AllEnded => return Some(Supervised { observation, leftover: None }),
             Event::Patience => return Some(Supervised { observation, leftover: Some(listener) }),
         }
+    }
+}
+
+/// Whose calls were stopped of late.
+#[derive(Debug, Default)]
+struct Tasks {
+    last: u32,
+    /// Calls of the last one in a row.
+    in_a_row: u32,
+}
+
+impl Tasks {
+    /// Whether several tasks make calls side by side, with the next one by `task`.
+    fn are_many(&mut self, task: u32) -> bool {
+        self.in_a_row = if task == self.last { self.in_a_row.saturating_add(1) } else { 0 };
+        self.last = task;
+        self.in_a_row < LONG_ROW
     }
 }
 
