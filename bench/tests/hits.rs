@@ -117,6 +117,69 @@ fn a_fresh_machine_asks_once_and_later_for_what_has_changed() -> Result<()> {
     Ok(())
 }
 
+/// Three packages with build scripts, built once, for which a server keeps a bundle. The scripts' programs are told of
+/// the first machine's compiler.
+fn bundled() -> Result<(Bench, Server, tempfile::TempDir)> {
+    let data = tempfile::tempdir()?;
+    let server = Server::start(data.path(), &["--recompress-level", "0"])?;
+    let first = Bench::new(Machine::with_server(&server.url)?)?;
+    for package in ["app", "leaf", "middle"] {
+        first
+            .project
+            .write(&format!("{package}/build.rs"), &format!("fn main() {{ {package:?}.len(); }}\n"))?;
+    }
+    assert!(first.machine.cargo(&first.project.root, &["generate-lockfile"])?.success);
+    first.build(&[])?;
+    Ok((first, server, data))
+}
+
+/// Builds in a fresh container; returns what it has compiled and received.
+fn build_elsewhere(first: &Bench, server: &Server) -> Result<(Vec<String>, u64)> {
+    let rustc = first.machine.path("bin/rustc");
+    let machine = Machine::with_server(&server.url)?.with("RUSTC", rustc.to_string_lossy());
+    first.project.wipe()?;
+    let build = machine.cargo(&first.project.root, &["build"])?;
+    assert!(build.success && build.notices().is_empty(), "{}", build.stderr);
+    let remote = &machine.statistics(&first.project.root)?["remote"];
+    Ok((build.compiled, remote["received_bytes"].as_u64().unwrap_or_default()))
+}
+
+/// Files that a server keeps blobs in.
+fn blob_files(data: &std::path::Path) -> Result<Vec<(std::path::PathBuf, fs::Metadata)>> {
+    let mut files = Vec::new();
+    for directory in fs::read_dir(data.join("blobs"))? {
+        for file in fs::read_dir(directory?.path())? {
+            let file = file?;
+            files.push((file.path(), file.metadata()?));
+        }
+    }
+    Ok(files)
+}
+
+#[test]
+fn programs_of_build_scripts_come_in_a_bundle() -> Result<()> {
+    let (first, server, data) = bundled()?;
+    let stored: u64 = blob_files(data.path())?.iter().map(|(_, metadata)| metadata.len()).sum();
+    let requests = server.requests()?;
+    let (compiled, received) = build_elsewhere(&first, &server)?;
+    assert_eq!((compiled.as_slice(), server.requests()? - requests), (&[][..], 1));
+    // Each of the three has the standard library in it, and nearly nothing else; the server keeps them by themselves too.
+    assert!(received * 2 < stored, "{received} of {stored} bytes");
+    Ok(())
+}
+
+#[test]
+fn without_their_bundle_programs_come_one_by_one() -> Result<()> {
+    let (first, server, data) = bundled()?;
+    let files = blob_files(data.path())?;
+    let newest = files.iter().max_by_key(|(_, metadata)| metadata.modified().ok()).map(|(path, _)| path);
+    fs::remove_file(newest.expect("a bundle"))?;
+    let requests = server.requests()?;
+    assert_eq!(build_elsewhere(&first, &server)?.0, NOTHING);
+    assert_eq!(server.requests()? - requests, 4);
+    Ok(())
+}
+
 #[test]
 fn a_moved_checkout_is_restored() -> Result<()> {
     let mut bench = with_local_tier()?;

@@ -170,4 +170,55 @@ mod tests {
         assert_eq!(padded("target", 14).unwrap(), b"/cachec/target");
         assert!(padded("target", 13).is_none());
     }
+
+    /// A directory with an object whose debug information names it, and what replaces that.
+    fn with_object() -> (tempfile::TempDir, PathBuf, Vec<Remapping>) {
+        let directory = tempfile::Builder::new().prefix("a-root-of-some-length-").tempdir().unwrap();
+        let root = directory.path().to_str().unwrap();
+        let source = directory.path().join("part.c");
+        // What is loaded stays, under whatever name.
+        let loaded = "__attribute__((section(\".debug_mine\"))) const char place[] = \"ROOT/loaded\";\n";
+        fs::write(&source, format!("int part(void) {{ return 1; }}\n{}", loaded.replace("ROOT", root)))
+            .unwrap();
+        let object = directory.path().join("part.o");
+        let compiler =
+            std::process::Command::new("cc").arg("-g").arg("-c").arg(&source).arg("-o").arg(&object).status();
+        assert!(compiler.unwrap().success());
+        let remapping = Remapping { path: root.as_bytes().to_vec().into(), name: "target".to_owned() };
+        (directory, object, vec![remapping])
+    }
+
+    fn names(path: &Path, root: &Path) -> usize {
+        memmem::find_iter(&fs::read(path).unwrap(), root.as_os_str().as_encoded_bytes()).count()
+    }
+
+    #[test]
+    fn debug_information_is_edited_and_nothing_else() {
+        let (directory, object, remappings) = with_object();
+        let before = fs::metadata(&object).unwrap();
+        assert!(names(&object, directory.path()) > 1);
+        remap_all(directory.path(), &remappings);
+        let after = fs::metadata(&object).unwrap();
+        assert_eq!(names(&object, directory.path()), 1, "the loaded one");
+        assert_eq!((before.len(), before.modified().unwrap()), (after.len(), after.modified().unwrap()));
+    }
+
+    #[test]
+    fn what_others_may_rely_on_is_left_alone() {
+        let shared =
+            |directory: &Path, object: &Path| fs::hard_link(object, directory.join("other.o")).unwrap();
+        let split = |directory: &Path, _: &Path| fs::write(directory.join("part.dwo"), "").unwrap();
+        // The machine is in bytes 18 and 19.
+        let bpf = |_: &Path, object: &Path| {
+            File::options().write(true).open(object).unwrap().write_all_at(&[247, 0], 18).unwrap();
+        };
+        let changes: [&dyn Fn(&Path, &Path); 3] = [&shared, &split, &bpf];
+        for change in changes {
+            let (directory, object, remappings) = with_object();
+            change(directory.path(), &object);
+            let before = fs::read(&object).unwrap();
+            remap_all(directory.path(), &remappings);
+            assert!(fs::read(&object).unwrap() == before);
+        }
+    }
 }

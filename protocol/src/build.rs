@@ -1,7 +1,8 @@
 //! Build records: what one build asked for, in order, so that the next one can be answered before it asks.
 //!
-//! A record is kept as a result: that of an action which is the build itself, with no outputs and the record as
-//! its standard output. So servers keep, answer and forget it as they do any other result.
+//! A record is kept as a result: that of an action which is the build itself, with the record as its standard output.
+//! So servers keep, answer and forget it as they do any other result. Its outputs, if it has any, are packs of the
+//! build's units, each named by its digest: a bundle, which takes less than they do one by one.
 
 use minicbor::{Decode, Encode};
 

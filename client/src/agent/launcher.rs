@@ -34,6 +34,11 @@ pub(super) fn kept_program(unit: &Unit) -> Option<(&str, String)> {
     Some((invocation.script_program()?, crate::launcher::kept_name(&invocation.crate_name)))
 }
 
+/// Where a build script's program is kept.
+pub(super) fn kept_path(unit: &Unit) -> Option<PathBuf> {
+    kept_program(unit).map(|(_, kept)| unit.output_directory().join(kept))
+}
+
 /// Stages a launcher where the unit makes a build script's program. Without one the script is simply run.
 pub(super) fn stage(unit: &Unit) -> Option<StagedLauncher> {
     let (program, _) = kept_program(unit)?;
@@ -44,8 +49,7 @@ pub(super) fn stage(unit: &Unit) -> Option<StagedLauncher> {
 
 /// What the wrapper is to do after it has run the compiler.
 pub(super) fn placement(unit: &Unit, staged: &StagedLauncher) -> Option<Placement> {
-    let (_, kept) = kept_program(unit)?;
-    let kept = unit.output_directory().join(kept).into_os_string().into_vec();
+    let kept = kept_path(unit)?.into_os_string().into_vec();
     Some(Placement { launcher: staged.rename(), kept })
 }
 

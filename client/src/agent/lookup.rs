@@ -49,7 +49,7 @@ pub(super) async fn find(agent: &Arc<Agent>, unit: &Arc<Unit>, build: Option<&Ar
         }
     }?;
     if let Some(build) = build {
-        build.fits(&found.result, unit.is_for_compilers());
+        build.fits(unit, &found.result);
     }
     Some(found)
 }

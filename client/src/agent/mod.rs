@@ -9,6 +9,7 @@
 //! their wrapper; an orderly end waits for them. Locks: `Statistics`, `Memo`, `Toolchains` and `Gates` are
 //! leaf mutexes; none is held across another or across an `await`.
 
+mod bundle;
 mod deferral;
 mod gates;
 mod launcher;

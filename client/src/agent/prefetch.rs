@@ -3,7 +3,7 @@
 //!
 //! A build is one cargo process. The first unit that is not in the local tier starts one stream from the server:
 //! the manifests of all units of the last build of this workspace with these arguments, then (where there is no
-//! local tier) their packs in the order they were needed. Lookups wait for what is on its way, and ask for the rest.
+//! local tier) the record's [`bundle`] and the other packs in the order they were needed. Lookups wait for what is on its way, and ask for the rest.
 //! At a build's end its own record is published, where it differs.
 //!
 //! Invariants: what comes from the stream is checked as any other answer; where the stream ends early, or was wrong
@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use cachec_protocol::codec::Message;
 use cachec_protocol::frame::{Frame, HEADER_BYTES, MAGIC};
-use cachec_protocol::message::{LookupResponse, Manifest, PublishRequest};
+use cachec_protocol::message::{LookupResponse, Manifest};
 use cachec_protocol::pack::Decompressor;
 use cachec_protocol::{ActionKey, BuildAction, BuildEntry, BuildRecord, Digest, StoredResult, decode};
 use serde::Deserialize;
@@ -29,10 +29,12 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::sync::watch;
 use tokio_util::io::StreamReader;
 
-use super::Agent;
+use super::bundle::{self, ScriptProgram};
 use super::deferral::Deferral;
+use super::{Agent, launcher};
 use crate::process::{parent, start_time};
 use crate::remote::{Packs, Remote};
+use crate::unit::Unit;
 
 /// Longest wait for the first answer; as for a lookup.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
@@ -106,10 +108,27 @@ struct State {
     packs: HashMap<Digest, Option<SpooledTempFile>>,
     /// Packs that the first stream is not to bring; see [`Build::fetch_rest`].
     left_out: HashSet<Digest>,
-    /// What the last build has left.
+    /// What the last build has left, and the result that keeps it.
     last: BuildRecord,
+    last_result: Option<StoredResult>,
     /// Units of this build in the order they asked, and what fitted.
-    asked: Vec<(ActionKey, Option<BuildEntry>)>,
+    asked: Vec<(ActionKey, Option<Fitting>)>,
+}
+
+/// What was restored or stored for a unit.
+#[derive(Debug)]
+struct Fitting {
+    entry: BuildEntry,
+    program: Option<ScriptProgram>,
+}
+
+/// What the next build is to be told.
+#[derive(Debug)]
+pub(super) struct NewRecord {
+    /// Without a bundle, but for the last one where it has the same programs.
+    pub(super) result: StoredResult,
+    /// Where they are not all in that bundle.
+    pub(super) programs: Vec<ScriptProgram>,
 }
 
 /// A pack that may have been announced.
@@ -186,28 +205,41 @@ impl Build {
     }
 
     /// Notes which result was restored or stored for a unit.
-    pub(super) fn fits(&self, result: &StoredResult, for_compilers: bool) {
+    pub(super) fn fits(&self, unit: &Unit, result: &StoredResult) {
+        let program = launcher::kept_path(unit).and_then(|path| ScriptProgram::of(result, path));
+        self.note(result, unit.is_for_compilers(), program);
+    }
+
+    fn note(&self, result: &StoredResult, for_compilers: bool, program: Option<ScriptProgram>) {
         let pack = result.pack.map(|pack| pack.digest);
         let entry = BuildEntry { action_key: result.action_key, pack, for_compilers };
         if let Some((_, fitting)) = self.state().asked.iter_mut().find(|(key, _)| *key == result.action_key) {
-            *fitting = Some(entry);
+            *fitting = Some(Fitting { entry, program });
         }
     }
 
     /// What is to be published for the next build; `None` where the last record says the same, or the server was not
     /// asked for anything.
-    pub(super) fn new_record(&self) -> Option<PublishRequest> {
+    pub(super) fn new_record(&self) -> Option<NewRecord> {
         if !self.progress.borrow().started {
             return None;
         }
         let state = self.state();
-        let entries: Vec<BuildEntry> = state.asked.iter().filter_map(|(_, entry)| *entry).collect();
+        let fitting = || state.asked.iter().filter_map(|(_, fitting)| fitting.as_ref());
+        let entries: Vec<BuildEntry> = fitting().map(|fitting| fitting.entry).collect();
         if entries.is_empty() || entries.iter().all(|entry| state.last.entries.contains(entry)) {
             return None;
         }
         let record = BuildRecord { entries };
         record.check().ok()?;
-        Some(PublishRequest { result: record.into_result(self.key), action_fields: Vec::new() })
+        let mut result = record.into_result(self.key);
+        let mut programs: Vec<ScriptProgram> =
+            fitting().filter_map(|fitting| fitting.program.clone()).collect();
+        if let Some(last) = state.last_result.as_ref().filter(|last| bundle::is_of(last, &programs)) {
+            (result.outputs, result.pack) = (last.outputs.clone(), last.pack);
+            programs.clear();
+        }
+        Some(NewRecord { result, programs })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -260,7 +292,7 @@ impl Build {
         });
     }
 
-    async fn receive(&self, remote: &Remote, packs: Packs) -> io::Result<()> {
+    async fn receive(self: &Arc<Self>, remote: &Remote, packs: Packs) -> io::Result<()> {
         let stream = remote.build(&self.key, packs).await.map_err(io::Error::other)?;
         let mut reader = StreamReader::new(Box::pin(stream));
         let mut magic = [0; MAGIC.len()];
@@ -280,14 +312,57 @@ impl Build {
                         return Ok(());
                     }
                     let pack = spool(&mut reader, body_bytes).await?;
-                    if let Some(place) = self.state().packs.get_mut(&digest) {
-                        *place = Some(pack);
+                    match self.bundle(&digest) {
+                        Some(record) => self.take_apart(record, pack).await,
+                        None => self.place(digest, pack),
                     }
                 }
-                Frame::Absent(digest) => drop(self.state().packs.remove(&digest)),
+                Frame::Absent(digest) => match self.bundle(&digest) {
+                    Some(record) => self.give_up(&record),
+                    None => drop(self.state().packs.remove(&digest)),
+                },
                 Frame::End => return Ok(()),
             }
             self.progress.send_modify(|progress| progress.arrived += 1);
+        }
+    }
+
+    /// The last build's result, where its bundle is the blob of that digest.
+    fn bundle(&self, digest: &Digest) -> Option<StoredResult> {
+        let state = self.state();
+        state
+            .last_result
+            .as_ref()
+            .filter(|result| result.pack.is_some_and(|pack| pack.digest == *digest))
+            .cloned()
+    }
+
+    fn place(&self, digest: Digest, pack: SpooledTempFile) {
+        if let Some(place) = self.state().packs.get_mut(&digest) {
+            *place = Some(pack);
+        }
+    }
+
+    async fn take_apart(self: &Arc<Self>, record: StoredResult, compressed: SpooledTempFile) {
+        let build = Arc::clone(self);
+        let taking_apart = move || {
+            if let Err(error) =
+                bundle::take_apart(&record, compressed, |digest, pack| build.place(digest, pack))
+            {
+                tracing::info!("a bundle is of no use: {error}");
+                build.give_up(&record);
+            }
+        };
+        let _ = tokio::task::spawn_blocking(taking_apart).await;
+    }
+
+    /// What has not come of a bundle is asked for by itself.
+    fn give_up(&self, record: &StoredResult) {
+        let mut state = self.state();
+        for output in &record.outputs {
+            if matches!(state.packs.get(&output.digest), Some(None)) {
+                state.packs.remove(&output.digest);
+            }
         }
     }
 
@@ -309,9 +384,10 @@ impl Build {
         state.manifests =
             response.manifests.into_iter().map(|manifest| (manifest.action_key, manifest)).collect();
         let own = state.manifests.remove(&self.key);
-        let records = own.iter().flat_map(Manifest::readable_results);
-        state.last =
-            records.filter_map(|result| BuildRecord::from_result(&result).ok()).next().unwrap_or_default();
+        let results = own.iter().flat_map(Manifest::readable_results);
+        let records = results.filter_map(|result| Some((BuildRecord::from_result(&result).ok()?, result)));
+        let newest = records.map(|(record, result)| (record, Some(result))).next();
+        (state.last, state.last_result) = newest.unwrap_or_default();
         let (mut to_come, mut left_out) = (HashMap::new(), HashSet::new());
         for entry in &state.last.entries {
             match (packs, entry.pack) {
@@ -431,7 +507,7 @@ mod tests {
     fn a_record_is_left_where_it_says_something_new() {
         let build = build();
         build.ask(result(1).action_key);
-        build.fits(&result(1), false);
+        build.note(&result(1), false, None);
         assert!(build.new_record().is_none());
         build.state().asked.clear();
         build.progress.send_modify(|progress| progress.started = true);
@@ -439,7 +515,7 @@ mod tests {
         for number in [1, 2] {
             build.ask(result(number).action_key);
         }
-        build.fits(&result(2), true);
+        build.note(&result(2), true, None);
         let record = BuildRecord::from_result(&build.new_record().unwrap().result).unwrap();
         assert_eq!(
             record.entries,
@@ -447,7 +523,7 @@ mod tests {
         );
         build.state().last = record;
         assert!(build.new_record().is_none());
-        build.fits(&result(1), false);
+        build.note(&result(1), false, None);
         let record = BuildRecord::from_result(&build.new_record().unwrap().result).unwrap();
         assert_eq!(record.entries[0].action_key, result(1).action_key);
     }

@@ -7,12 +7,14 @@ use std::io::{Read, Seek, SeekFrom};
 use std::sync::Arc;
 
 use cachec_protocol::Digest;
+use cachec_protocol::message::PublishRequest;
 use reqwest::Body;
 use tempfile::{SpooledData, SpooledTempFile};
 use tokio::sync::OwnedMutexGuard;
 use tokio_util::io::ReaderStream;
 
-use super::prefetch::Build;
+use super::bundle;
+use super::prefetch::{Build, NewRecord};
 use super::record::{self, OpenOutputs, Recorded, Stores};
 use super::{Agent, Counted};
 use crate::inputs::NotStorable;
@@ -93,7 +95,7 @@ async fn store(agent: &Agent, unit: &Unit, recorded: Recorded, build: Option<&Bu
         Ok(()) => {
             agent.statistics_of(unit).uploaded += 1;
             if let Some(build) = build {
-                build.fits(&result, unit.is_for_compilers());
+                build.fits(unit, &result);
             }
         }
         Err(error) => {
@@ -109,10 +111,26 @@ async fn store(agent: &Agent, unit: &Unit, recorded: Recorded, build: Option<&Bu
 /// unit by unit.
 pub(super) async fn leave_record(agent: &Agent, build: &Build) {
     if let (Some(remote), Some(record)) = (agent.writable_remote(), build.new_record())
-        && let Err(error) = remote.publish(&record).await
+        && let Err(error) = upload_record(remote, record).await
     {
         tracing::info!("no build record: {error}");
     }
+}
+
+async fn upload_record(remote: &Remote, record: NewRecord) -> Result<(), RemoteError> {
+    let NewRecord { mut result, programs } = record;
+    let mut pack = None;
+    let bundle = tokio::task::spawn_blocking(move || bundle::make(programs)).await;
+    match bundle.map_err(std::io::Error::other).flatten() {
+        Ok(Some(bundle)) => {
+            (result.outputs, result.pack) = (bundle.outputs, Some(bundle.pack));
+            pack = Some(bundle.compressed);
+        }
+        Ok(None) => {}
+        Err(error) => tracing::info!("no bundle: {error}"),
+    }
+    let publish = PublishRequest { result, action_fields: Vec::new() };
+    upload(remote, Recorded { publish, pack, bound: false }).await
 }
 
 async fn upload(remote: &Remote, recorded: Recorded) -> Result<(), RemoteError> {

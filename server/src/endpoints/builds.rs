@@ -1,5 +1,6 @@
 //! `GET /v1/{namespace}/builds/{build key}`: everything that the last such build asked for, in one stream: the
-//! manifests of all its units, then their packs in the order they were needed.
+//! manifests of all its units, then the record's bundle, which has some of their packs in it, then the others in the
+//! order they were needed.
 
 use std::collections::HashSet;
 
@@ -9,7 +10,7 @@ use bytes::Bytes;
 use cachec_protocol::frame::{Frame, MAGIC};
 use cachec_protocol::message::{LookupResponse, Manifest};
 use cachec_protocol::pack::{self, UPLOAD_LEVEL};
-use cachec_protocol::{ActionKey, BuildEntry, BuildRecord, encode};
+use cachec_protocol::{ActionKey, BuildEntry, BuildRecord, Digest, StoredResult, encode};
 use serde::Deserialize;
 
 use super::fetch::Stream;
@@ -51,12 +52,13 @@ pub async fn get(
     Query(options): Query<Options>,
 ) -> Result<Response, ApiError> {
     let build: ActionKey = build.parse().map_err(|_| ApiError::INVALID_DIGEST)?;
-    let record = newest_record(&app, &namespace, build).await?.ok_or(ApiError::BLOB_NOT_FOUND)?;
+    let (result, record) = newest_record(&app, &namespace, build).await?.ok_or(ApiError::BLOB_NOT_FOUND)?;
     let mut first = vec![Bytes::from_static(&MAGIC)];
     if options.packs != Packs::Rest {
         first.extend(manifests(&app, &namespace, build, &record).await?);
     }
-    let mut seen = HashSet::new();
+    let bundle = result.pack.filter(|_| matches!(options.packs, Packs::Final | Packs::All));
+    let mut seen: HashSet<Digest> = result.packed().map(|pack| pack.digest).collect();
     let is_wanted = |entry: &&BuildEntry| match options.packs {
         Packs::None => false,
         Packs::Final => !entry.for_compilers,
@@ -64,8 +66,9 @@ pub async fn get(
         Packs::All => true,
     };
     let wanted = record.entries.iter().filter(is_wanted);
-    let packs = wanted.filter_map(|entry| entry.pack).filter(|pack| seen.insert(*pack)).collect();
-    Ok(Stream::new(app, namespace, first, packs).into_response())
+    let packs = wanted.filter_map(|entry| entry.pack).filter(|pack| seen.insert(*pack));
+    let blobs = bundle.into_iter().map(|pack| pack.digest).chain(packs).collect();
+    Ok(Stream::new(app, namespace, first, blobs).into_response())
 }
 
 /// The frame of the manifests of all units of a build: its header and its body.
@@ -93,10 +96,10 @@ async fn newest_record(
     app: &App,
     namespace: &Namespace,
     build: ActionKey,
-) -> Result<Option<BuildRecord>, ApiError> {
+) -> Result<Option<(StoredResult, BuildRecord)>, ApiError> {
     let manifests = app.store.lookup(namespace.clone(), vec![build], MANIFESTS_BYTES).await?;
     let mut results = manifests.iter().flat_map(Manifest::readable_results);
-    Ok(results.find_map(|result| BuildRecord::from_result(&result).ok()))
+    Ok(results.find_map(|result| BuildRecord::from_result(&result).ok().map(|record| (result, record))))
 }
 
 fn compress(manifests: Vec<Manifest>) -> std::io::Result<Bytes> {
