@@ -205,14 +205,17 @@ mod tests {
 
     #[test]
     fn what_others_may_rely_on_is_left_alone() {
-        let shared =
-            |directory: &Path, object: &Path| fs::hard_link(object, directory.join("other.o")).unwrap();
-        let split = |directory: &Path, _: &Path| fs::write(directory.join("part.dwo"), "").unwrap();
-        // The machine is in bytes 18 and 19.
-        let bpf = |_: &Path, object: &Path| {
+        fn shared(directory: &Path, object: &Path) {
+            fs::hard_link(object, directory.join("other.o")).unwrap();
+        }
+        fn split(directory: &Path, _: &Path) {
+            fs::write(directory.join("part.dwo"), "").unwrap();
+        }
+        /// The machine is in bytes 18 and 19.
+        fn bpf(_: &Path, object: &Path) {
             File::options().write(true).open(object).unwrap().write_all_at(&[247, 0], 18).unwrap();
-        };
-        let changes: [&dyn Fn(&Path, &Path); 3] = [&shared, &split, &bpf];
+        }
+        let changes: [fn(&Path, &Path); 3] = [shared, split, bpf];
         for change in changes {
             let (directory, object, remappings) = with_object();
             change(directory.path(), &object);

@@ -19,8 +19,8 @@ const MAX_CONTENT_BYTES: u64 = 512 << 20;
 /// A bundle or a pack up to this size waits in memory, a larger one in a file.
 const SPOOL_BYTES: usize = 64 << 10;
 
-/// A pack that was taken out of its bundle is read once, at once.
-const PASSING_LEVEL: i32 = -5;
+/// A pack that was taken out of its bundle is read once, at once: this level looks for next to no matches.
+const PASSING_LEVEL: i32 = -100_000;
 
 /// A build script's program that is alone in its pack.
 #[derive(Debug, Clone, PartialEq, Eq)]

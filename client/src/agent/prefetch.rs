@@ -27,6 +27,7 @@ use serde::Deserialize;
 use tempfile::SpooledTempFile;
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 use tokio_util::io::StreamReader;
 
 use super::bundle::{self, ScriptProgram};
@@ -301,6 +302,7 @@ impl Build {
             return Err(malformed());
         }
         let mut received_bytes = 0;
+        let mut taking_apart = tokio::task::spawn(std::future::ready(()));
         loop {
             let mut header = [0; HEADER_BYTES];
             reader.read_exact(&mut header).await?;
@@ -313,7 +315,7 @@ impl Build {
                     }
                     let pack = spool(&mut reader, body_bytes).await?;
                     match self.bundle(&digest) {
-                        Some(record) => self.take_apart(record, pack).await,
+                        Some(record) => taking_apart = self.take_apart(record, pack),
                         None => self.place(digest, pack),
                     }
                 }
@@ -321,7 +323,7 @@ impl Build {
                     Some(record) => self.give_up(&record),
                     None => drop(self.state().packs.remove(&digest)),
                 },
-                Frame::End => return Ok(()),
+                Frame::End => return taking_apart.await.map_err(io::Error::other),
             }
             self.progress.send_modify(|progress| progress.arrived += 1);
         }
@@ -341,19 +343,20 @@ impl Build {
         if let Some(place) = self.state().packs.get_mut(&digest) {
             *place = Some(pack);
         }
+        self.progress.send_modify(|progress| progress.arrived += 1);
     }
 
-    async fn take_apart(self: &Arc<Self>, record: StoredResult, compressed: SpooledTempFile) {
+    /// Places what is in a bundle, beside what else comes.
+    fn take_apart(self: &Arc<Self>, record: StoredResult, compressed: SpooledTempFile) -> JoinHandle<()> {
         let build = Arc::clone(self);
-        let taking_apart = move || {
+        tokio::task::spawn_blocking(move || {
             if let Err(error) =
                 bundle::take_apart(&record, compressed, |digest, pack| build.place(digest, pack))
             {
                 tracing::info!("a bundle is of no use: {error}");
                 build.give_up(&record);
             }
-        };
-        let _ = tokio::task::spawn_blocking(taking_apart).await;
+        })
     }
 
     /// What has not come of a bundle is asked for by itself.
