@@ -8,6 +8,7 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -97,7 +98,7 @@ pub(crate) struct Remote {
     failure: OnceLock<String>,
     spent_ms: AtomicU64,
     saved_ms: AtomicU64,
-    pub(crate) received_bytes: AtomicU64,
+    pub(crate) received_bytes: Arc<AtomicU64>,
     pub(crate) sent_bytes: AtomicU64,
     lookups: Batch<ActionKey, Vec<StoredResult>>,
     presence: Batch<Digest, bool>,
@@ -137,7 +138,7 @@ impl Remote {
             failure: OnceLock::new(),
             spent_ms: AtomicU64::new(0),
             saved_ms: AtomicU64::new(0),
-            received_bytes: AtomicU64::new(0),
+            received_bytes: Arc::default(),
             sent_bytes: AtomicU64::new(0),
             lookups: Batch::default(),
             presence: Batch::default(),
@@ -196,7 +197,7 @@ impl Remote {
     pub(crate) async fn blob(
         &self,
         digest: &Digest,
-    ) -> Result<impl Stream<Item = io::Result<Bytes>> + Send + use<'_>, RemoteError> {
+    ) -> Result<impl Stream<Item = io::Result<Bytes>> + Send + use<>, RemoteError> {
         self.stream(&format!("blobs/{digest}"), ZSTD).await
     }
 
@@ -208,7 +209,7 @@ impl Remote {
         &self,
         key: &ActionKey,
         packs: Packs,
-    ) -> Result<impl Stream<Item = io::Result<Bytes>> + Send + use<'_>, RemoteError> {
+    ) -> Result<impl Stream<Item = io::Result<Bytes>> + Send + use<>, RemoteError> {
         let packs = match packs {
             Packs::None => "none",
             Packs::Final => "final",
@@ -222,21 +223,23 @@ impl Remote {
         &self,
         path: &str,
         media_type: &'static str,
-    ) -> Result<impl Stream<Item = io::Result<Bytes>> + Send + use<'_>, RemoteError> {
+    ) -> Result<impl Stream<Item = io::Result<Bytes>> + Send + use<>, RemoteError> {
         let get = Call { method: Method::GET, path, media_type, body: Body::default(), size_bytes: None };
         let response = self.settle(&self.reads, within(LOOKUP_TIMEOUT, self.call(&self.reads, get)).await)?;
         let stream = response.bytes_stream();
-        Ok(futures_util::stream::unfold(Box::pin(stream), move |mut stream| async move {
+        let received_bytes = Arc::clone(&self.received_bytes);
+        let first = (Box::pin(stream), received_bytes);
+        Ok(futures_util::stream::unfold(first, async |(mut stream, received_bytes)| {
             let item = match tokio::time::timeout(STALL_TIMEOUT, stream.next()).await {
                 Ok(None) => return None,
                 Ok(Some(Ok(bytes))) => {
-                    self.received_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+                    received_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
                     Ok(bytes)
                 }
                 Ok(Some(Err(error))) => Err(io::Error::other(describe(&error))),
                 Err(_) => Err(io::Error::from(io::ErrorKind::TimedOut)),
             };
-            Some((item, stream))
+            Some((item, (stream, received_bytes)))
         }))
     }
 

@@ -1,6 +1,6 @@
 //! Bundles: the programs of all build scripts of a build, in one zstd frame.
 //!
-//! Each of them has the standard library in it, so that one behind the other they take a fifth of what their packs take.
+//! Each of them has the standard library in it, so that behind the first they take a fifth of what their packs take.
 //! A bundle is the pack of a build's record, whose outputs are packs, each named by its digest. They stay blobs of their
 //! own as well: a unit that asks by itself gets its own.
 
@@ -10,17 +10,17 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::path::PathBuf;
 
 use cachec_protocol::pack::{self, Decompressor, Length, UPLOAD_LEVEL};
-use cachec_protocol::{Digest, Output, OutputKind, Pack, StoredResult};
+use cachec_protocol::{Digest, Input, InputKind, InputSet, Output, OutputKind, Pack, StoredResult};
 use tempfile::SpooledTempFile;
 
 /// Uncompressed; programs over it are left out.
-const MAX_CONTENT_BYTES: u64 = 512 << 20;
+const MAX_CONTENT_BYTES: u64 = 256 << 20;
 
 /// A bundle or a pack up to this size waits in memory, a larger one in a file.
 const SPOOL_BYTES: usize = 64 << 10;
 
-/// A pack that was taken out of its bundle is read once, at once: this level looks for next to no matches.
-const PASSING_LEVEL: i32 = -100_000;
+/// A pack that was taken out of its bundle waits a moment, and is read once.
+const PASSING_LEVEL: i32 = -5;
 
 /// A build script's program that is alone in its pack.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -70,12 +70,15 @@ pub(super) fn make(mut programs: Vec<ScriptProgram>) -> io::Result<Option<Bundle
     }
     let spool = SpooledTempFile::new(SPOOL_BYTES);
     let mut encoder = pack::compressor(spool, Length::Exactly(content_bytes), UPLOAD_LEVEL)?;
-    let mut hasher = blake3::Hasher::new();
+    let mut whole = blake3::Hasher::new();
     let mut outputs = Vec::with_capacity(files.len());
     for (program, mut file) in files {
         file.seek(SeekFrom::Start(0))?;
-        let mut part = Hashing { inner: file.take(program.size_bytes), hasher: &mut hasher };
+        // It may be another by now.
+        let mut part = Hashing::new(Hashing { inner: file.take(program.size_bytes), hasher: whole });
         io::copy(&mut part, &mut encoder)?;
+        part.check(&program.pack)?;
+        whole = part.inner.hasher;
         outputs.push(Output {
             name: program.pack.to_string(),
             kind: OutputKind::Binary,
@@ -86,22 +89,43 @@ pub(super) fn make(mut programs: Vec<ScriptProgram>) -> io::Result<Option<Bundle
             inline: None,
         });
     }
-    let pack = Pack { digest: hasher.finalize().into() };
+    let pack = Pack { digest: whole.finalize().into() };
     Ok(Some(Bundle { outputs, pack, compressed: encoder.finish()? }))
 }
 
 /// Reads what it passes on into a hash.
-struct Hashing<'a, R> {
+struct Hashing<R> {
     inner: R,
-    hasher: &'a mut blake3::Hasher,
+    hasher: blake3::Hasher,
 }
 
-impl<R: Read> Read for Hashing<'_, R> {
+impl<R> Hashing<R> {
+    fn new(inner: R) -> Self {
+        Self { inner, hasher: blake3::Hasher::new() }
+    }
+
+    /// # Errors
+    /// `InvalidData` where other content was read than that of the digest.
+    fn check(&self, digest: &Digest) -> io::Result<()> {
+        let is_right = Digest::from(self.hasher.finalize()) == *digest;
+        is_right.then_some(()).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))
+    }
+}
+
+impl<R: Read> Read for Hashing<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let count = self.inner.read(buffer)?;
         self.hasher.update(&buffer[..count]);
         Ok(count)
     }
+}
+
+/// Gives a record a bundle. With another bundle it is another result.
+pub(super) fn attach(record: &mut StoredResult, outputs: Vec<Output>, pack: Pack) {
+    let bundle = Input { kind: InputKind::Argument, name: b"bundle".to_vec(), digest: Some(pack.digest) };
+    let inputs = record.input_set.inputs().iter().cloned().chain([bundle]).collect();
+    record.input_set = InputSet::new(inputs);
+    (record.outputs, record.pack) = (outputs, Some(pack));
 }
 
 /// Whether a record's bundle has these programs and no others.
@@ -110,10 +134,10 @@ pub(super) fn is_of(record: &StoredResult, programs: &[ScriptProgram]) -> bool {
     bundled == programs.iter().map(|program| program.pack).collect()
 }
 
-/// Takes a bundle apart: `place` gets each pack as if it had come by itself. Whoever restores from it checks it.
+/// Takes a bundle apart: `place` gets each pack as if it had come by itself.
 ///
 /// # Errors
-/// Those of reading, `InvalidData` for more content than a bundle has, and those of the temporary files.
+/// Those of reading, `InvalidData` for other or more content than a bundle has, and those of the temporary files.
 pub(super) fn take_apart(
     record: &StoredResult,
     compressed: impl Read,
@@ -124,9 +148,10 @@ pub(super) fn take_apart(
     }
     let mut content = Decompressor::new(compressed, record.packed_bytes())?;
     for output in record.packed() {
-        let spool = SpooledTempFile::new(SPOOL_BYTES);
-        let mut encoder = pack::compressor(spool, Length::Exactly(output.size_bytes), PASSING_LEVEL)?;
-        io::copy(&mut (&mut content).take(output.size_bytes), &mut encoder)?;
+        let mut part = Hashing::new((&mut content).take(output.size_bytes));
+        let mut encoder = zstd::Encoder::new(SpooledTempFile::new(SPOOL_BYTES), PASSING_LEVEL)?;
+        io::copy(&mut part, &mut encoder)?;
+        part.check(&output.digest)?;
         let mut pack = encoder.finish()?;
         pack.seek(SeekFrom::Start(0))?;
         place(output.digest, pack);
@@ -210,8 +235,12 @@ mod tests {
         record.outputs[0].size_bytes = MAX_CONTENT_BYTES;
         assert!(take_apart(&record, compressed.as_slice(), |_, _| {}).is_err());
         record.outputs.truncate(1);
+        // Less than the program has is another content.
         record.outputs[0].size_bytes = 10;
-        assert!(take_apart(&record, compressed.as_slice(), |_, _| {}).is_ok());
-        assert!(take_apart(&record, &compressed[..5], |_, _| {}).is_err());
+        assert!(take_apart(&record, compressed.as_slice(), |_, _| {}).is_err());
+        let content = pack::compress(b"0123456789", UPLOAD_LEVEL).unwrap();
+        record.outputs[0].digest = Digest::of(b"0123456789");
+        assert!(take_apart(&record, content.as_slice(), |_, _| {}).is_ok());
+        assert!(take_apart(&record, &content[..5], |_, _| {}).is_err());
     }
 }

@@ -27,8 +27,7 @@ use serde::Deserialize;
 use tempfile::SpooledTempFile;
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::sync::watch;
-use tokio::task::JoinHandle;
-use tokio_util::io::StreamReader;
+use tokio_util::io::{StreamReader, SyncIoBridge};
 
 use super::bundle::{self, ScriptProgram};
 use super::deferral::Deferral;
@@ -41,7 +40,7 @@ use crate::unit::Unit;
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A pack is waited for at least so long, however short its compile was.
-const LEAST_PATIENCE: Duration = Duration::from_secs(1);
+const LEAST_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Compressed bytes that one stream may bring.
 const MAX_STREAM_BYTES: u64 = 1 << 30;
@@ -54,6 +53,9 @@ const SPOOL_BYTES: usize = 64 << 10;
 pub(super) struct Builds {
     known: Mutex<HashMap<Process, Arc<Build>>>,
 }
+
+/// What is left of a stream.
+type Reader = Box<dyn AsyncRead + Send + Unpin>;
 
 /// A process's id and start time.
 type Process = (u32, String);
@@ -109,9 +111,12 @@ struct State {
     packs: HashMap<Digest, Option<SpooledTempFile>>,
     /// Packs that the first stream is not to bring; see [`Build::fetch_rest`].
     left_out: HashSet<Digest>,
-    /// What the last build has left, and the result that keeps it.
+    /// What the last build has left, or this one, and the result that keeps it.
     last: BuildRecord,
     last_result: Option<StoredResult>,
+    /// The same, until its bundle comes.
+    bundle: Option<StoredResult>,
+    has_lost_bundle: bool,
     /// Units of this build in the order they asked, and what fitted.
     asked: Vec<(ActionKey, Option<Fitting>)>,
 }
@@ -126,9 +131,8 @@ struct Fitting {
 /// What the next build is to be told.
 #[derive(Debug)]
 pub(super) struct NewRecord {
-    /// Without a bundle, but for the last one where it has the same programs.
+    /// With the last bundle where it has the same programs, else without.
     pub(super) result: StoredResult,
-    /// Where they are not all in that bundle.
     pub(super) programs: Vec<ScriptProgram>,
 }
 
@@ -228,19 +232,27 @@ impl Build {
         let state = self.state();
         let fitting = || state.asked.iter().filter_map(|(_, fitting)| fitting.as_ref());
         let entries: Vec<BuildEntry> = fitting().map(|fitting| fitting.entry).collect();
-        if entries.is_empty() || entries.iter().all(|entry| state.last.entries.contains(entry)) {
+        let is_known = entries.iter().all(|entry| state.last.entries.contains(entry));
+        if entries.is_empty() || is_known && !state.has_lost_bundle {
             return None;
         }
         let record = BuildRecord { entries };
         record.check().ok()?;
         let mut result = record.into_result(self.key);
-        let mut programs: Vec<ScriptProgram> =
-            fitting().filter_map(|fitting| fitting.program.clone()).collect();
-        if let Some(last) = state.last_result.as_ref().filter(|last| bundle::is_of(last, &programs)) {
-            (result.outputs, result.pack) = (last.outputs.clone(), last.pack);
-            programs.clear();
+        let programs: Vec<ScriptProgram> = fitting().filter_map(|fitting| fitting.program.clone()).collect();
+        let last = state.last_result.as_ref().filter(|last| bundle::is_of(last, &programs));
+        if let Some((last, pack)) = last.and_then(|last| Some((last, last.pack?))) {
+            bundle::attach(&mut result, last.outputs.clone(), pack);
         }
         Some(NewRecord { result, programs })
+    }
+
+    /// Notes what was left, so that it is not left twice.
+    pub(super) fn has_left(&self, result: StoredResult) {
+        let mut state = self.state();
+        state.last = BuildRecord::from_result(&result).unwrap_or_default();
+        state.last_result = Some(result);
+        state.has_lost_bundle = true;
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -295,14 +307,13 @@ impl Build {
 
     async fn receive(self: &Arc<Self>, remote: &Remote, packs: Packs) -> io::Result<()> {
         let stream = remote.build(&self.key, packs).await.map_err(io::Error::other)?;
-        let mut reader = StreamReader::new(Box::pin(stream));
+        let mut reader: Reader = Box::new(StreamReader::new(Box::pin(stream)));
         let mut magic = [0; MAGIC.len()];
         reader.read_exact(&mut magic).await?;
         if magic != MAGIC {
             return Err(malformed());
         }
         let mut received_bytes = 0;
-        let mut taking_apart = tokio::task::spawn(std::future::ready(()));
         loop {
             let mut header = [0; HEADER_BYTES];
             reader.read_exact(&mut header).await?;
@@ -313,30 +324,29 @@ impl Build {
                     if received_bytes > MAX_STREAM_BYTES || start_time(self.cargo).is_none() {
                         return Ok(());
                     }
-                    let pack = spool(&mut reader, body_bytes).await?;
                     match self.bundle(&digest) {
-                        Some(record) => taking_apart = self.take_apart(record, pack),
-                        None => self.place(digest, pack),
+                        Some(record) => reader = self.take_apart(record, reader, body_bytes).await?,
+                        None => {
+                            let pack = spool(&mut reader, body_bytes).await?;
+                            self.place(digest, pack);
+                        }
                     }
                 }
                 Frame::Absent(digest) => match self.bundle(&digest) {
                     Some(record) => self.give_up(&record),
-                    None => drop(self.state().packs.remove(&digest)),
+                    None => {
+                        self.state().packs.remove(&digest);
+                        self.progress.send_modify(|progress| progress.arrived += 1);
+                    }
                 },
-                Frame::End => return taking_apart.await.map_err(io::Error::other),
+                Frame::End => return Ok(()),
             }
-            self.progress.send_modify(|progress| progress.arrived += 1);
         }
     }
 
-    /// The last build's result, where its bundle is the blob of that digest.
+    /// The last build's result, where its bundle is the blob of that digest; once.
     fn bundle(&self, digest: &Digest) -> Option<StoredResult> {
-        let state = self.state();
-        state
-            .last_result
-            .as_ref()
-            .filter(|result| result.pack.is_some_and(|pack| pack.digest == *digest))
-            .cloned()
+        self.state().bundle.take_if(|record| record.pack.is_some_and(|pack| pack.digest == *digest))
     }
 
     fn place(&self, digest: Digest, pack: SpooledTempFile) {
@@ -346,27 +356,38 @@ impl Build {
         self.progress.send_modify(|progress| progress.arrived += 1);
     }
 
-    /// Places what is in a bundle, beside what else comes.
-    fn take_apart(self: &Arc<Self>, record: StoredResult, compressed: SpooledTempFile) -> JoinHandle<()> {
+    /// Places what is in a bundle while it is received; returns what comes behind it.
+    async fn take_apart(
+        self: &Arc<Self>,
+        record: StoredResult,
+        reader: Reader,
+        body_bytes: u64,
+    ) -> io::Result<Reader> {
         let build = Arc::clone(self);
-        tokio::task::spawn_blocking(move || {
-            if let Err(error) =
-                bundle::take_apart(&record, compressed, |digest, pack| build.place(digest, pack))
-            {
+        let taking_apart = move || {
+            let mut body = SyncIoBridge::new(reader.take(body_bytes));
+            let placing = |digest, pack| build.place(digest, pack);
+            if let Err(error) = bundle::take_apart(&record, &mut body, placing) {
                 tracing::info!("a bundle is of no use: {error}");
                 build.give_up(&record);
             }
-        })
+            io::copy(&mut body, &mut io::sink())?;
+            Ok(body.into_inner().into_inner())
+        };
+        tokio::task::spawn_blocking(taking_apart).await.map_err(io::Error::other)?
     }
 
     /// What has not come of a bundle is asked for by itself.
     fn give_up(&self, record: &StoredResult) {
         let mut state = self.state();
+        state.has_lost_bundle = false;
         for output in &record.outputs {
             if matches!(state.packs.get(&output.digest), Some(None)) {
                 state.packs.remove(&output.digest);
             }
         }
+        drop(state);
+        self.progress.send_modify(|progress| progress.arrived += 1);
     }
 
     /// Takes the manifests, and the last build's record among them.
@@ -391,6 +412,7 @@ impl Build {
         let records = results.filter_map(|result| Some((BuildRecord::from_result(&result).ok()?, result)));
         let newest = records.map(|(record, result)| (record, Some(result))).next();
         (state.last, state.last_result) = newest.unwrap_or_default();
+        state.bundle = state.last_result.clone();
         let (mut to_come, mut left_out) = (HashMap::new(), HashSet::new());
         for entry in &state.last.entries {
             match (packs, entry.pack) {

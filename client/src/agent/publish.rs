@@ -6,14 +6,14 @@
 use std::io::{Read, Seek, SeekFrom};
 use std::sync::Arc;
 
-use cachec_protocol::Digest;
 use cachec_protocol::message::PublishRequest;
+use cachec_protocol::{Digest, Output, Pack, StoredResult};
 use reqwest::Body;
 use tempfile::{SpooledData, SpooledTempFile};
 use tokio::sync::OwnedMutexGuard;
 use tokio_util::io::ReaderStream;
 
-use super::bundle;
+use super::bundle::{self, Bundle, ScriptProgram};
 use super::prefetch::{Build, NewRecord};
 use super::record::{self, OpenOutputs, Recorded, Stores};
 use super::{Agent, Counted};
@@ -110,39 +110,64 @@ async fn store(agent: &Agent, unit: &Unit, recorded: Recorded, build: Option<&Bu
 /// Publishes what a build asked for, where the last record does not say so already. Without it the next build asks
 /// unit by unit.
 pub(super) async fn leave_record(agent: &Agent, build: &Build) {
-    if let (Some(remote), Some(record)) = (agent.writable_remote(), build.new_record())
-        && let Err(error) = upload_record(remote, record).await
-    {
-        tracing::info!("no build record: {error}");
+    let (Some(remote), Some(record)) = (agent.writable_remote(), build.new_record()) else { return };
+    match upload_record(agent, remote, record).await {
+        Ok(result) => build.has_left(result),
+        Err(error) => tracing::info!("no build record: {error}"),
     }
 }
 
-async fn upload_record(remote: &Remote, record: NewRecord) -> Result<(), RemoteError> {
+async fn upload_record(
+    agent: &Agent,
+    remote: &Remote,
+    record: NewRecord,
+) -> Result<StoredResult, RemoteError> {
     let NewRecord { mut result, programs } = record;
-    let mut pack = None;
-    let bundle = tokio::task::spawn_blocking(move || bundle::make(programs)).await;
-    match bundle.map_err(std::io::Error::other).flatten() {
-        Ok(Some(bundle)) => {
-            (result.outputs, result.pack) = (bundle.outputs, Some(bundle.pack));
-            pack = Some(bundle.compressed);
+    let has_bundle = match result.pack {
+        Some(pack) => !remote.needs(pack.digest).await?,
+        None => false,
+    };
+    if !has_bundle {
+        (result.outputs, result.pack) = (Vec::new(), None);
+        match upload_bundle(agent, remote, programs).await {
+            Ok(Some((outputs, pack))) => bundle::attach(&mut result, outputs, pack),
+            Ok(None) => {}
+            Err(error) => tracing::info!("a build record without a bundle: {error}"),
         }
-        Ok(None) => {}
-        Err(error) => tracing::info!("no bundle: {error}"),
     }
-    let publish = PublishRequest { result, action_fields: Vec::new() };
-    upload(remote, Recorded { publish, pack, bound: false }).await
+    remote.publish(&PublishRequest { result: result.clone(), action_fields: Vec::new() }).await?;
+    Ok(result)
+}
+
+async fn upload_bundle(
+    agent: &Agent,
+    remote: &Remote,
+    programs: Vec<ScriptProgram>,
+) -> anyhow::Result<Option<(Vec<Output>, Pack)>> {
+    let made = {
+        let _permit = agent.packing.acquire().await?;
+        tokio::task::spawn_blocking(move || bundle::make(programs)).await??
+    };
+    let Some(Bundle { outputs, pack, compressed }) = made else { return Ok(None) };
+    put_missing_pack(remote, &pack.digest, compressed).await?;
+    Ok(Some((outputs, pack)))
 }
 
 async fn upload(remote: &Remote, recorded: Recorded) -> Result<(), RemoteError> {
-    if let (Some(pack), Some(spool)) = (recorded.publish.result.pack, recorded.pack)
-        && remote.needs(pack.digest).await?
-    {
-        put_pack(remote, &pack.digest, spool).await?;
+    if let (Some(pack), Some(spool)) = (recorded.publish.result.pack, recorded.pack) {
+        put_missing_pack(remote, &pack.digest, spool).await?;
     }
     remote.publish(&recorded.publish).await
 }
 
-async fn put_pack(remote: &Remote, digest: &Digest, mut spool: SpooledTempFile) -> Result<(), RemoteError> {
+async fn put_missing_pack(
+    remote: &Remote,
+    digest: &Digest,
+    mut spool: SpooledTempFile,
+) -> Result<(), RemoteError> {
+    if !remote.needs(*digest).await? {
+        return Ok(());
+    }
     let unreadable = |error: std::io::Error| RemoteError::Unreachable(format!("the spooled pack: {error}"));
     let size_bytes = spool.seek(SeekFrom::End(0)).map_err(unreadable)?;
     spool.seek(SeekFrom::Start(0)).map_err(unreadable)?;

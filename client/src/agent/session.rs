@@ -91,8 +91,10 @@ async fn serve_unit(
     // The build's end may be the end of this machine.
     if primary && *agent.active.borrow() == 0 {
         let drained = connection.while_working(agent.drain(DRAIN_TIMEOUT)).await?;
-        if let Some(build) = build.filter(|_| drained) {
-            connection.while_working(publish::leave_record(agent, &build)).await?;
+        // A build does not end with the program of a script, which is not in its place yet.
+        if let Some(build) = build.filter(|_| drained && launcher.is_none()) {
+            let leaving = publish::leave_record(agent, &build);
+            let _ = connection.while_working(tokio::time::timeout(DRAIN_TIMEOUT, leaving)).await?;
         }
         if !drained {
             agent.notify(format!("gave up waiting for uploads after {} s", DRAIN_TIMEOUT.as_secs()));

@@ -161,7 +161,7 @@ pub(super) fn receive_listener(channel: &OwnedFd) -> Option<OwnedFd> {
     })
 }
 
-/// Has a stopped task and the supervisor take turns on one processor: only one of them ever has something to do. Where
+/// Has a stopped task and the supervisor take turns on one processor: only one of the two ever has something to do. Where
 /// the kernel is too old for that (before 6.6), each wakes the other as it comes.
 pub(super) fn take_turns(listener: &OwnedFd) {
     set_flags(listener, SYNC_WAKE_UP);

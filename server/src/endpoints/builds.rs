@@ -1,6 +1,5 @@
 //! `GET /v1/{namespace}/builds/{build key}`: everything that the last such build asked for, in one stream: the
-//! manifests of all its units, then the record's bundle, which has some of their packs in it, then the others in the
-//! order they were needed.
+//! manifests of all its units, then their packs in the order they were needed, those of the record's bundle together.
 
 use std::collections::HashSet;
 
@@ -57,8 +56,10 @@ pub async fn get(
     if options.packs != Packs::Rest {
         first.extend(manifests(&app, &namespace, build, &record).await?);
     }
-    let bundle = result.pack.filter(|_| matches!(options.packs, Packs::Final | Packs::All));
-    let mut seen: HashSet<Digest> = result.packed().map(|pack| pack.digest).collect();
+    let bundled: HashSet<Digest> = result.packed().map(|pack| pack.digest).collect();
+    let in_bundle =
+        |pack: Digest| result.pack.filter(|_| bundled.contains(&pack)).map_or(pack, |bundle| bundle.digest);
+    let mut seen = HashSet::new();
     let is_wanted = |entry: &&BuildEntry| match options.packs {
         Packs::None => false,
         Packs::Final => !entry.for_compilers,
@@ -66,8 +67,8 @@ pub async fn get(
         Packs::All => true,
     };
     let wanted = record.entries.iter().filter(is_wanted);
-    let packs = wanted.filter_map(|entry| entry.pack).filter(|pack| seen.insert(*pack));
-    let blobs = bundle.into_iter().map(|pack| pack.digest).chain(packs).collect();
+    let blobs =
+        wanted.filter_map(|entry| entry.pack).map(in_bundle).filter(|blob| seen.insert(*blob)).collect();
     Ok(Stream::new(app, namespace, first, blobs).into_response())
 }
 
