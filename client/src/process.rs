@@ -5,9 +5,29 @@
 use std::fs;
 use std::io;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::process::{Command, ExitCode, ExitStatus};
+use std::process::{Child, Command, ExitCode, ExitStatus};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 
 use rustix::process::{Signal, set_parent_process_death_signal};
+
+/// Lock: held for reading while a file is written that is going to be executed, for writing while a process is started.
+/// One that is started has this process's files open until its own program runs, and until then what is open for writing
+/// cannot be executed ("text file busy").
+static PROGRAMS: RwLock<()> = RwLock::new(());
+
+/// To be held while a program's file is open for writing.
+pub(crate) fn writing_program() -> RwLockReadGuard<'static, ()> {
+    PROGRAMS.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Starts a process in the agent, where programs are written at the same time. Returns when its program runs.
+///
+/// # Errors
+/// Those of starting it.
+pub(crate) fn spawn_beside_writing(command: &mut Command) -> io::Result<Child> {
+    let _alone = PROGRAMS.write().unwrap_or_else(PoisonError::into_inner);
+    command.spawn()
+}
 
 /// Makes the child close every file but its standard ones when it starts its program: an agent must not
 /// hold cargo's job server or a shell's pipe open.

@@ -78,17 +78,20 @@ impl Query {
         {
             return Ok(directory);
         }
-        let output =
-            Command::new(OsStr::from_bytes(&self.compiler))
-                .args(["--print", "sysroot"])
-                .current_dir(&self.working_directory)
-                .env_clear()
-                .envs(self.variables.iter().map(|(name, value)| {
+        let mut command = Command::new(OsStr::from_bytes(&self.compiler));
+        command
+            .args(["--print", "sysroot"])
+            .current_dir(&self.working_directory)
+            .env_clear()
+            .envs(
+                self.variables.iter().map(|(name, value)| {
                     (OsString::from_vec(name.clone()), OsString::from_vec(value.clone()))
-                }))
-                .stdin(Stdio::null())
-                .stderr(Stdio::null())
-                .output()?;
+                }),
+            )
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null());
+        let output = crate::process::spawn_beside_writing(&mut command)?.wait_with_output()?;
         let path = PathBuf::from(OsStr::from_bytes(output.stdout.trim_ascii_end()));
         if output.status.success() && path.join("lib/rustlib").is_dir() {
             Ok(path)

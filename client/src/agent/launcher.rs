@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use tempfile::TempPath;
 
 use crate::ipc::{Placement, Rename};
+use crate::process::writing_program;
 use crate::unit::Unit;
 
 /// A launcher that is to be renamed to its place; removed when dropped, if it was not.
@@ -55,6 +56,7 @@ pub(super) fn placement(unit: &Unit, staged: &StagedLauncher) -> Option<Placemen
 
 /// Copies this program beside the unit's outputs; a clone where the file system has them.
 fn copy(unit: &Unit) -> io::Result<TempPath> {
+    let _writing = writing_program();
     let mut program = File::open("/proc/self/exe")?;
     let mut staged = tempfile::Builder::new()
         .prefix(".cachec-")

@@ -252,7 +252,7 @@ impl Build {
         let mut state = self.state();
         state.last = BuildRecord::from_result(&result).unwrap_or_default();
         state.last_result = Some(result);
-        state.has_lost_bundle = true;
+        state.has_lost_bundle = false;
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -380,7 +380,7 @@ impl Build {
     /// What has not come of a bundle is asked for by itself.
     fn give_up(&self, record: &StoredResult) {
         let mut state = self.state();
-        state.has_lost_bundle = false;
+        state.has_lost_bundle = true;
         for output in &record.outputs {
             if matches!(state.packs.get(&output.digest), Some(None)) {
                 state.packs.remove(&output.digest);
