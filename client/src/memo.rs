@@ -116,16 +116,13 @@ impl Memo {
         if let Some(digest) = self.recall(&identity) {
             return Ok((digest, identity));
         }
-        let mut hashed = self.hash(&File::open(path)?);
         for _ in 0..HASH_RETRIES {
-            match &hashed {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {
-                    hashed = self.hash(&File::open(path)?);
-                }
-                _ => break,
+            match self.hash(&File::open(path)?) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                done => return done,
             }
         }
-        hashed
+        self.hash(&File::open(path)?)
     }
 
     fn hash(&self, file: &File) -> io::Result<(Digest, Identity)> {

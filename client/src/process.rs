@@ -6,27 +6,27 @@ use std::fs;
 use std::io;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitCode, ExitStatus};
-use std::sync::{PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{PoisonError, RwLock};
 
 use rustix::process::{Signal, set_parent_process_death_signal};
 
-/// Lock: held for reading while a file is written that is going to be executed, for writing while a process is started.
-/// One that is started has this process's files open until its own program runs, and until then what is open for writing
-/// cannot be executed ("text file busy").
-static PROGRAMS: RwLock<()> = RwLock::new(());
+/// Lock: held for reading from when a process is started until its program runs. So long it has the files open that this
+/// process had, and one that is open for writing cannot be executed ("text file busy").
+static STARTING: RwLock<()> = RwLock::new(());
 
-/// To be held while a program's file is open for writing.
-pub(crate) fn writing_program() -> RwLockReadGuard<'static, ()> {
-    PROGRAMS.read().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Starts a process in the agent, where programs are written at the same time. Returns when its program runs.
+/// Starts a process where others are told of programs that were written here. Returns when its program runs.
 ///
 /// # Errors
 /// Those of starting it.
-pub(crate) fn spawn_beside_writing(command: &mut Command) -> io::Result<Child> {
-    let _alone = PROGRAMS.write().unwrap_or_else(PoisonError::into_inner);
+pub(crate) fn spawn(command: &mut Command) -> io::Result<Child> {
+    let _starting = STARTING.read().unwrap_or_else(PoisonError::into_inner);
     command.spawn()
+}
+
+/// To be called between closing a program's file and telling others of it: waits until nobody has it open any more, for
+/// about as long as starting a process takes.
+pub(crate) fn wait_for_starting() {
+    drop(STARTING.write().unwrap_or_else(PoisonError::into_inner));
 }
 
 /// Makes the child close every file but its standard ones when it starts its program: an agent must not
@@ -91,6 +91,9 @@ fn stat_field(process: u32, number: usize) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     #[test]
@@ -99,5 +102,29 @@ mod tests {
         assert_eq!(parent(own), Some(std::os::unix::process::parent_id()));
         assert!(start_time(own).is_some_and(|time| time.parse::<u64>().is_ok()));
         assert_eq!(start_time(u32::MAX), None);
+    }
+
+    #[test]
+    fn a_program_can_be_run_when_no_process_is_being_started() {
+        let mut program = tempfile::NamedTempFile::new().unwrap();
+        io::copy(&mut fs::File::open("/bin/true").unwrap(), program.as_file_mut()).unwrap();
+        fs::set_permissions(program.path(), fs::Permissions::from_mode(0o700)).unwrap();
+        let (mut forked, mut has_forked) = io::pipe().unwrap();
+        let starting = std::thread::spawn(move || {
+            let mut slow = Command::new("/bin/true");
+            let wait = move || {
+                has_forked.write_all(b"1")?;
+                std::thread::sleep(std::time::Duration::from_millis(300));
+                Ok(())
+            };
+            // SAFETY: the closure writes to a pipe and sleeps.
+            unsafe { slow.pre_exec(wait) };
+            spawn(&mut slow).unwrap().wait().unwrap()
+        });
+        forked.read_exact(&mut [0]).unwrap();
+        let path = program.into_temp_path();
+        wait_for_starting();
+        assert!(Command::new(&path).status().unwrap().success());
+        assert!(starting.join().unwrap().success());
     }
 }

@@ -91,7 +91,7 @@ impl Query {
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::null());
-        let output = crate::process::spawn_beside_writing(&mut command)?.wait_with_output()?;
+        let output = crate::process::spawn(&mut command)?.wait_with_output()?;
         let path = PathBuf::from(OsStr::from_bytes(output.stdout.trim_ascii_end()));
         if output.status.success() && path.join("lib/rustlib").is_dir() {
             Ok(path)

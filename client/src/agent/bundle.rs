@@ -161,7 +161,7 @@ pub(super) fn take_apart(
 
 #[cfg(test)]
 mod tests {
-    use std::collections::HashMap;
+    use std::collections::{HashMap, HashSet};
     use std::path::Path;
 
     use cachec_protocol::{ActionKey, BuildRecord};
@@ -221,6 +221,23 @@ mod tests {
         assert_eq!(make(programs.clone()).unwrap().unwrap().outputs.len(), 2);
         std::fs::remove_file(directory.path().join("2")).unwrap();
         assert!(make(programs).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_record_with_another_bundle_is_another_result() {
+        let directory = tempfile::tempdir().unwrap();
+        let programs = programs(directory.path());
+        let with_bundle_of = |programs: &[ScriptProgram]| {
+            let Bundle { outputs, pack, .. } = make(programs.to_vec()).unwrap().unwrap();
+            let mut record = record();
+            attach(&mut record, outputs, pack);
+            record
+        };
+        let (whole, part) = (with_bundle_of(&programs), with_bundle_of(&programs[1..]));
+        let keys: HashSet<_> = [&record(), &whole, &part].map(StoredResult::result_key).into();
+        assert_eq!(keys.len(), 3);
+        assert!(is_of(&whole, &programs) && is_of(&part, &programs[1..]));
+        assert!(!is_of(&whole, &programs[1..]) && !is_of(&part, &programs) && !is_of(&record(), &programs));
     }
 
     #[test]

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use tempfile::TempPath;
 
 use crate::ipc::{Placement, Rename};
-use crate::process::writing_program;
+use crate::process::wait_for_starting;
 use crate::unit::Unit;
 
 /// A launcher that is to be renamed to its place; removed when dropped, if it was not.
@@ -56,7 +56,6 @@ pub(super) fn placement(unit: &Unit, staged: &StagedLauncher) -> Option<Placemen
 
 /// Copies this program beside the unit's outputs; a clone where the file system has them.
 fn copy(unit: &Unit) -> io::Result<TempPath> {
-    let _writing = writing_program();
     let mut program = File::open("/proc/self/exe")?;
     let mut staged = tempfile::Builder::new()
         .prefix(".cachec-")
@@ -65,5 +64,7 @@ fn copy(unit: &Unit) -> io::Result<TempPath> {
     if rustix::fs::ioctl_ficlone(staged.as_file(), &program).is_err() {
         io::copy(&mut program, staged.as_file_mut())?;
     }
-    Ok(staged.into_temp_path())
+    let path = staged.into_temp_path();
+    wait_for_starting();
+    Ok(path)
 }

@@ -3,8 +3,8 @@
 //!
 //! A build is one cargo process. The first unit that is not in the local tier starts one stream from the server:
 //! the manifests of all units of the last build of this workspace with these arguments, then (where there is no
-//! local tier) the record's [`bundle`] and the other packs in the order they were needed. Lookups wait for what is on its way, and ask for the rest.
-//! At a build's end its own record is published, where it differs.
+//! local tier) their packs in the order they were needed, those of the record's [`bundle`] together. Lookups wait for
+//! what is on its way, and ask for the rest. At a build's end its own record is published, where it differs.
 //!
 //! Invariants: what comes from the stream is checked as any other answer; where the stream ends early, or was wrong
 //! about what is needed, units ask as if there were none. Waiting is bounded by what the compile would take.

@@ -24,7 +24,7 @@ use crate::deferred::set_modified;
 use crate::ipc::{Hit, Rename};
 use crate::local::LocalTier;
 use crate::memo::{Identity, Memo};
-use crate::process::writing_program;
+use crate::process::wait_for_starting;
 use crate::unit::Unit;
 
 /// A text output is held in memory; a larger one is corrupt.
@@ -103,16 +103,12 @@ pub(crate) fn from_pack(
                 stager.stage_bytes(output, &text)?
             }
             (OutputKind::Binary, Some(tier)) => {
-                {
-                    let _writing = output.executable.then(writing_program);
-                    let mut staged = tier.stage()?;
-                    copy_checked(&mut part, staged.as_file_mut(), output)?;
-                    tier.keep_object(staged.into_temp_path(), &output.digest, memo)?;
-                }
+                let mut staged = tier.stage()?;
+                copy_checked(&mut part, staged.as_file_mut(), output)?;
+                tier.keep_object(staged.into_temp_path(), &output.digest, memo)?;
                 Some(stager.place(output, &tier.object(&output.digest, memo)?)?)
             }
             (OutputKind::Binary, None) => {
-                let _writing = output.executable.then(writing_program);
                 let mut staged = stager.new_file(output)?;
                 copy_checked(&mut part, staged.as_file_mut(), output)?;
                 Some(stager.staged(output, staged.into_temp_path(), output.digest)?)
@@ -315,7 +311,6 @@ impl<'a> Stager<'a> {
 
     /// Clones, else hard-links where that is safe, else copies a verified object.
     fn place(&self, output: &Output, (object, verified): &(PathBuf, Identity)) -> io::Result<Staged> {
-        let _writing = output.executable.then(writing_program);
         let mut staged = self.new_file(output)?;
         let cloned = rustix::fs::ioctl_ficlone(staged.as_file(), File::open(object)?).is_ok();
         if !cloned && self.may_link(output, object) {
@@ -370,6 +365,9 @@ impl<'a> Stager<'a> {
         }
         let (stdout, stderr) = (self.expand(&self.result.stdout)?, self.expand(&self.result.stderr)?);
         let tree = self.tree.map(|staged| (staged, self.unit.output_directory()));
+        if self.result.outputs.iter().any(|output| output.executable) {
+            wait_for_starting();
+        }
         Ok(Restored { files, tree, launcher: launcher::stage(self.unit), stdout, stderr })
     }
 }
