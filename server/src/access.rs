@@ -2,15 +2,69 @@
 //!
 //! Invariant: whether a namespace exists, or a token is good elsewhere, cannot be told from the answer.
 
+use std::io;
+use std::path::Path as FilePath;
+use std::sync::Arc;
+
 use axum::extract::{FromRequestParts, Path};
+use axum::http::HeaderMap;
 use axum::http::header::AUTHORIZATION;
 use axum::http::request::Parts;
 use serde::Deserialize;
 
 use crate::app::App;
 use crate::error::ApiError;
+use crate::identity::Identities;
 use crate::namespace::Namespace;
-use crate::tokens::{Grant, Verb};
+use crate::policy::Policy;
+use crate::sessions::Sessions;
+use crate::tokens::{Grant, Tokens, Verb};
+
+/// Decides who may do what.
+#[derive(Debug)]
+pub struct Gate {
+    tokens: Tokens,
+    /// What CI jobs get.
+    pub sessions: Sessions,
+    /// Who they may be, if any.
+    pub identities: Option<Identities>,
+    policy: Arc<Policy>,
+}
+
+impl Gate {
+    /// The gate of a data directory.
+    ///
+    /// # Errors
+    /// The directory of tokens cannot be created.
+    pub fn open(data: &FilePath, policy: Arc<Policy>, identities: Option<Identities>) -> io::Result<Self> {
+        let tokens = Tokens::open(data)?;
+        let sessions = Sessions::new(tokens.directory());
+        Ok(Self { tokens, sessions, identities, policy })
+    }
+
+    /// Whether anybody has to prove anything: there is or was a token, or the configuration says who may do what.
+    ///
+    /// # Errors
+    /// The tokens cannot be read.
+    pub fn is_closed(&self) -> io::Result<bool> {
+        Ok(self.identities.is_some() || self.policy.has_anonymous_read() || self.tokens.are_needed()?)
+    }
+
+    /// Decides about a request with this bearer token, if any. Blocks on small files.
+    ///
+    /// # Errors
+    /// Files cannot be read; the caller refuses.
+    pub fn check(&self, token: Option<&str>, namespace: &Namespace, verb: Verb) -> io::Result<Grant> {
+        if verb == Verb::Read && self.policy.rules(namespace).anonymous_read || !self.is_closed()? {
+            return Ok(Grant::Allowed);
+        }
+        match token {
+            None => Ok(Grant::Unknown),
+            Some(token) if Sessions::is_session(token) => self.sessions.check(token, namespace, verb),
+            Some(token) => self.tokens.check(token, namespace, verb),
+        }
+    }
+}
 
 /// The namespace of a request that may read it.
 pub struct Reader(pub Namespace);
@@ -18,9 +72,22 @@ pub struct Reader(pub Namespace);
 /// The namespace of a request that may write it.
 pub struct Writer(pub Namespace);
 
+/// The namespace of a request of which nothing else is known.
+pub struct Named(pub Namespace);
+
 #[derive(Deserialize)]
 struct NamespaceInPath {
     namespace: String,
+}
+
+impl FromRequestParts<App> for Named {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
+        let path = Path::<NamespaceInPath>::from_request_parts(parts, app).await;
+        let Path(NamespaceInPath { namespace }) = path.map_err(|_| ApiError::INVALID_NAMESPACE)?;
+        namespace.parse().map(Self).map_err(|_| ApiError::INVALID_NAMESPACE)
+    }
 }
 
 impl FromRequestParts<App> for Reader {
@@ -40,12 +107,10 @@ impl FromRequestParts<App> for Writer {
 }
 
 async fn authorise(parts: &mut Parts, app: &App, verb: Verb) -> Result<Namespace, ApiError> {
-    let path = Path::<NamespaceInPath>::from_request_parts(parts, app).await;
-    let Path(NamespaceInPath { namespace }) = path.map_err(|_| ApiError::INVALID_NAMESPACE)?;
-    let namespace: Namespace = namespace.parse().map_err(|_| ApiError::INVALID_NAMESPACE)?;
-    let token = bearer_token(parts).map(ToOwned::to_owned);
-    let (tokens, asked) = (app.tokens.clone(), namespace.clone());
-    let grant = tokio::task::spawn_blocking(move || tokens.check(token.as_deref(), &asked, verb)).await;
+    let Named(namespace) = Named::from_request_parts(parts, app).await?;
+    let token = bearer_token(&parts.headers).map(ToOwned::to_owned);
+    let (gate, asked) = (Arc::clone(&app.gate), namespace.clone());
+    let grant = tokio::task::spawn_blocking(move || gate.check(token.as_deref(), &asked, verb)).await;
     match grant {
         Ok(Ok(Grant::Allowed)) => Ok(namespace),
         Ok(Ok(Grant::Unknown)) => Err(ApiError::UNAUTHORIZED),
@@ -58,7 +123,8 @@ async fn authorise(parts: &mut Parts, app: &App, verb: Verb) -> Result<Namespace
     }
 }
 
-fn bearer_token(parts: &Parts) -> Option<&str> {
-    let (scheme, token) = parts.headers.get(AUTHORIZATION)?.to_str().ok()?.split_once(' ')?;
+/// The token of a request.
+pub fn bearer_token(headers: &HeaderMap) -> Option<&str> {
+    let (scheme, token) = headers.get(AUTHORIZATION)?.to_str().ok()?.split_once(' ')?;
     scheme.eq_ignore_ascii_case("bearer").then_some(token.trim())
 }

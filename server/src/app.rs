@@ -1,6 +1,7 @@
 //! The application: what the endpoints share, the routes, and what wraps every request.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::Router;
@@ -16,12 +17,13 @@ use tower::ServiceBuilder;
 use tower::limit::GlobalConcurrencyLimitLayer;
 use tower::load_shed::LoadShedLayer;
 
+use crate::access::Gate;
 use crate::body;
-use crate::endpoints::{blobs, builds, fetch, lookup, missing, probes, results};
+use crate::endpoints::{blobs, builds, fetch, lookup, missing, probes, results, token};
 use crate::error::ApiError;
 use crate::metrics::Metrics;
+use crate::namespace::Namespace;
 use crate::store::Store;
-use crate::tokens::Tokens;
 
 /// Memory that bodies held as a whole may take together, in MiB: lookups' answers and publications.
 pub const MESSAGE_MEMORY_MIB: u32 = 256;
@@ -34,12 +36,15 @@ const QUEUE_WAIT: Duration = Duration::from_secs(10);
 pub struct Limits {
     /// Uploads at a time. Each takes up to about 33 MiB of memory and one blocking thread.
     pub uploads: usize,
-    /// Requests at a time. One that waits for its turn may have filled an HTTP/2 window of 512 KiB.
+    /// Requests at a time, of which uploads of one namespace are at most half. One that waits for its turn may have
+    /// filled an HTTP/2 window of 512 KiB.
     pub requests: usize,
     /// Longest silence within a body, and the head start that a slow body has.
     pub body_idle: Duration,
     /// Least average rate of a body behind its head start.
     pub body_bytes_per_second: u64,
+    /// How long a CI job's session lasts.
+    pub session: Duration,
 }
 
 impl Default for Limits {
@@ -49,6 +54,7 @@ impl Default for Limits {
             requests: 512,
             body_idle: Duration::from_secs(30),
             body_bytes_per_second: 8 << 10,
+            session: Duration::from_secs(6 * 60 * 60),
         }
     }
 }
@@ -59,24 +65,39 @@ pub struct App {
     /// The entries.
     pub store: Arc<dyn Store>,
     /// Who may do what.
-    pub tokens: Arc<Tokens>,
+    pub gate: Arc<Gate>,
     /// What is counted.
     pub metrics: Arc<Metrics>,
     /// What bounds the work.
     pub limits: Arc<Limits>,
     upload_slots: Arc<Semaphore>,
+    /// Uploads that run or wait for their turn, by namespace.
+    uploads: Arc<Mutex<HashMap<Namespace, usize>>>,
     message_memory: Arc<Semaphore>,
+}
+
+/// A turn to upload.
+pub struct UploadSlot {
+    _slot: OwnedSemaphorePermit,
+    _upload: Upload,
+}
+
+/// An upload that runs or waits; counted until it is dropped.
+struct Upload {
+    uploads: Arc<Mutex<HashMap<Namespace, usize>>>,
+    namespace: Namespace,
 }
 
 impl App {
     /// Puts an application together.
     #[must_use]
-    pub fn new(store: Arc<dyn Store>, tokens: Arc<Tokens>, metrics: Arc<Metrics>, limits: Limits) -> Self {
+    pub fn new(store: Arc<dyn Store>, gate: Arc<Gate>, metrics: Arc<Metrics>, limits: Limits) -> Self {
         Self {
             store,
-            tokens,
+            gate,
             metrics,
             upload_slots: Arc::new(Semaphore::new(limits.uploads)),
+            uploads: Arc::default(),
             message_memory: Arc::new(Semaphore::new(MESSAGE_MEMORY_MIB as usize)),
             limits: Arc::new(limits),
         }
@@ -85,9 +106,21 @@ impl App {
     /// Waits for a turn to upload.
     ///
     /// # Errors
-    /// [`ApiError::OVERLOADED`] where none comes soon.
-    pub async fn upload_slot(&self) -> Result<OwnedSemaphorePermit, ApiError> {
-        acquire(&self.upload_slots, 1).await
+    /// [`ApiError::OVERLOADED`] where none comes soon, [`ApiError::TOO_MANY_UPLOADS`] where too many of the namespace
+    /// wait already, so that it cannot keep the others out.
+    pub async fn upload_slot(&self, namespace: &Namespace) -> Result<UploadSlot, ApiError> {
+        let upload = self.upload(namespace)?;
+        Ok(UploadSlot { _slot: acquire(&self.upload_slots, 1).await?, _upload: upload })
+    }
+
+    fn upload(&self, namespace: &Namespace) -> Result<Upload, ApiError> {
+        let mut uploads = self.uploads.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = uploads.entry(namespace.clone()).or_default();
+        if *count >= self.limits.requests.div_ceil(2) {
+            return Err(ApiError::TOO_MANY_UPLOADS);
+        }
+        *count += 1;
+        Ok(Upload { uploads: Arc::clone(&self.uploads), namespace: namespace.clone() })
     }
 
     /// Waits until so much memory for whole messages is free.
@@ -96,6 +129,18 @@ impl App {
     /// [`ApiError::OVERLOADED`] where it is not soon.
     pub async fn message_memory(&self, bytes: usize) -> Result<OwnedSemaphorePermit, ApiError> {
         acquire(&self.message_memory, mebibytes(bytes).min(MESSAGE_MEMORY_MIB)).await
+    }
+}
+
+impl Drop for Upload {
+    fn drop(&mut self) {
+        let mut uploads = self.uploads.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = uploads.get_mut(&self.namespace) {
+            *count -= 1;
+            if *count == 0 {
+                uploads.remove(&self.namespace);
+            }
+        }
     }
 }
 
@@ -123,6 +168,7 @@ pub fn router(app: App) -> Router {
         .route("/v1/{namespace}/fetch", post(fetch::post))
         .route("/v1/{namespace}/builds/{build_key}", get(builds::get))
         .route("/v1/{namespace}/results/{result_key}", put(results::put))
+        .route("/v1/{namespace}/token", post(token::post))
         .layer(overload)
         .route("/healthz", get(probes::health))
         .route("/readyz", get(probes::ready))

@@ -21,9 +21,9 @@ use cachec_protocol::codec::{self, Message};
 use http_body_util::BodyExt;
 use hyper::body::{Frame, SizeHint};
 use minicbor::Decode;
-use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use tokio::sync::mpsc;
 
-use crate::app::App;
+use crate::app::{App, UploadSlot};
 use crate::error::ApiError;
 use crate::store::{BlobReader, OpenBlob};
 
@@ -209,12 +209,12 @@ pub struct PieceReader {
     piece: Bytes,
     ended: bool,
     /// Held until the thread is done, also where the request that began it is gone.
-    _slot: OwnedSemaphorePermit,
+    _slot: UploadSlot,
 }
 
 /// Connects a body with a thread that reads it.
 #[must_use]
-pub fn pieces(slot: OwnedSemaphorePermit) -> (mpsc::Sender<Piece>, PieceReader) {
+pub fn pieces(slot: UploadSlot) -> (mpsc::Sender<Piece>, PieceReader) {
     let (sender, receiver) = mpsc::channel(WAITING_PIECES);
     (sender, PieceReader { pieces: receiver, piece: Bytes::new(), ended: false, _slot: slot })
 }

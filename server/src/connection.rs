@@ -4,11 +4,14 @@
 //!
 //! | a client that | is dropped after |
 //! |---|---|
+//! | does not finish the TLS handshake | [`Deadlines::handshake`] |
 //! | sends no whole request after connecting | [`Deadlines::first_request`] |
 //! | sends a header too slowly, or is idle (HTTP/1) | [`Deadlines::header`] |
 //! | does not answer pings (HTTP/2) | [`Deadlines::ping`], twice |
 //! | takes nothing of what is sent | [`Deadlines::write`] |
 //! | sends a body too slowly | see [`crate::body`] |
+//!
+//! Connections are bounded in all, where more wait to be accepted, and for each address, where more are closed at once.
 
 use std::future::{Future, pending};
 use std::io;
@@ -30,12 +33,12 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Sleep;
+use tokio_rustls::TlsAcceptor;
+use tokio_util::either::Either;
 use tower::ServiceExt;
 
+use crate::addresses::{Addresses, Counted};
 use crate::metrics::Metrics;
-
-/// Most connections at a time; more wait to be accepted.
-const MAX_CONNECTIONS: usize = 4096;
 
 /// HTTP/2 receive window of one upload: 25 MB/s over a line of 20 ms.
 const STREAM_WINDOW_BYTES: u32 = 512 << 10;
@@ -53,6 +56,8 @@ const HTTP1_BUFFER_BYTES: usize = 64 << 10;
 /// How long clients may take.
 #[derive(Debug, Clone)]
 pub struct Deadlines {
+    /// For the TLS handshake.
+    pub handshake: Duration,
     /// From the connection to its first request.
     pub first_request: Duration,
     /// For a request's header in HTTP/1, and for being idle.
@@ -68,6 +73,7 @@ pub struct Deadlines {
 impl Default for Deadlines {
     fn default() -> Self {
         Self {
+            handshake: Duration::from_secs(10),
             first_request: Duration::from_secs(30),
             header: Duration::from_secs(60),
             ping: Duration::from_secs(20),
@@ -77,25 +83,39 @@ impl Default for Deadlines {
     }
 }
 
+/// What connections are served with.
+pub struct Connections {
+    /// The application.
+    pub router: Router,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
+    /// How long clients may take.
+    pub deadlines: Deadlines,
+    /// Most connections at a time.
+    pub max_connections: usize,
+    /// Most connections of one address at a time.
+    pub max_connections_per_address: usize,
+    /// What makes connections secure, if they are to be.
+    pub tls: Option<TlsAcceptor>,
+}
+
 /// Serves until `stop` is ready; then finishes the requests in flight, within [`Deadlines::drain`].
-pub async fn serve(
-    listener: TcpListener,
-    router: Router,
-    metrics: Arc<Metrics>,
-    deadlines: Deadlines,
-    stop: impl Future<Output = ()>,
-) {
-    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+pub async fn serve(listener: TcpListener, connections: Connections, stop: impl Future<Output = ()>) {
+    let slots = Slots {
+        all: Arc::new(Semaphore::new(connections.max_connections)),
+        addresses: Addresses::new(connections.max_connections_per_address),
+    };
     let graceful = GracefulShutdown::new();
-    let server = Server { builder: builder(&deadlines), router, metrics, deadlines };
+    let server = Server { builder: builder(&connections.deadlines), connections };
     let mut stop = std::pin::pin!(stop);
     loop {
         let accepted = tokio::select! {
             () = &mut stop => break,
-            accepted = accept(&listener, &slots) => accepted,
+            accepted = slots.accept(&listener) => accepted,
         };
         match accepted {
-            Ok((stream, slot)) => server.spawn(stream, slot, &graceful),
+            Ok((stream, Some(slot))) => server.spawn(stream, slot, &graceful),
+            Ok((_, None)) => server.connections.metrics.refused_connections.inc(),
             Err(error) => {
                 // Mostly: no more descriptors. Some come back when connections end.
                 tracing::warn!(%error, "cannot accept a connection");
@@ -104,44 +124,63 @@ pub async fn serve(
         }
     }
     drop(listener);
-    if tokio::time::timeout(server.deadlines.drain, graceful.shutdown()).await.is_err() {
+    if tokio::time::timeout(server.connections.deadlines.drain, graceful.shutdown()).await.is_err() {
         tracing::warn!("requests were still in flight when the server stopped");
     }
 }
 
-async fn accept(
-    listener: &TcpListener,
-    slots: &Arc<Semaphore>,
-) -> io::Result<(TcpStream, OwnedSemaphorePermit)> {
-    let slot = Arc::clone(slots).acquire_owned().await.map_err(io::Error::other)?;
-    let (stream, _) = listener.accept().await?;
-    Ok((stream, slot))
+/// Which connections may be there at the same time.
+struct Slots {
+    all: Arc<Semaphore>,
+    addresses: Addresses,
+}
+
+/// A connection's right to be there.
+struct Slot {
+    _of_all: OwnedSemaphorePermit,
+    _of_address: Counted,
+}
+
+impl Slots {
+    /// The next connection; without a slot where its address has too many.
+    async fn accept(&self, listener: &TcpListener) -> io::Result<(TcpStream, Option<Slot>)> {
+        let of_all = Arc::clone(&self.all).acquire_owned().await.map_err(io::Error::other)?;
+        let (stream, peer) = listener.accept().await?;
+        let of_address = self.addresses.admit(peer.ip());
+        Ok((stream, of_address.map(|of_address| Slot { _of_all: of_all, _of_address: of_address })))
+    }
 }
 
 struct Server {
     builder: Builder<TokioExecutor>,
-    router: Router,
-    metrics: Arc<Metrics>,
-    deadlines: Deadlines,
+    connections: Connections,
 }
 
 impl Server {
-    fn spawn(&self, stream: TcpStream, slot: OwnedSemaphorePermit, graceful: &GracefulShutdown) {
+    fn spawn(&self, stream: TcpStream, slot: Slot, graceful: &GracefulShutdown) {
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(%error, "cannot turn off Nagle's algorithm");
         }
+        let Connections { router, metrics, deadlines, tls, .. } = &self.connections;
         let began = Arc::new(AtomicBool::new(false));
         let mark = Arc::clone(&began);
-        let service = self.router.clone().map_request(move |request: Request<Incoming>| {
+        let service = router.clone().map_request(move |request: Request<Incoming>| {
             mark.store(true, Ordering::Relaxed);
             request.map(Body::new)
         });
-        let stream = TokioIo::new(WriteDeadline::new(stream, self.deadlines.write));
-        let connection =
-            self.builder.serve_connection(stream, TowerToHyperService::new(service)).into_owned();
-        let connection = graceful.watch(connection);
-        let first_request = self.deadlines.first_request;
-        let gauge = self.metrics.connections.clone();
+        let stream = WriteDeadline::new(stream, deadlines.write);
+        let (builder, tls, watcher) = (self.builder.clone(), tls.clone(), graceful.watcher());
+        let (handshake, first_request) = (deadlines.handshake, deadlines.first_request);
+        let connection = async move {
+            let stream = match tls {
+                None => Either::Left(stream),
+                Some(tls) => Either::Right(tokio::time::timeout(handshake, tls.accept(stream)).await??),
+            };
+            let service = TowerToHyperService::new(service);
+            let connection = builder.serve_connection(TokioIo::new(stream), service).into_owned();
+            watcher.watch(connection).await
+        };
+        let gauge = metrics.connections.clone();
         tokio::spawn(async move {
             gauge.inc();
             tokio::select! {

@@ -12,7 +12,8 @@
 //! | 413 | `too_large` |
 //! | 422 | `digest_mismatch`, `malformed_blob`, `result_key_mismatch`, `invalid_result` |
 //! | 500 | `internal` |
-//! | 503 | `overloaded` (with `Retry-After`), `not_ready` |
+//! | 429 | `too_many_uploads` of this namespace (with `Retry-After`) |
+//! | 503 | `overloaded` (with `Retry-After`), `issuer_unreachable`, `not_ready` |
 //! | 507 | `insufficient_storage`: no room, or writing to disk failed; reads go on |
 
 use axum::body::Body;
@@ -100,6 +101,18 @@ impl ApiError {
     /// Too much at once.
     pub const OVERLOADED: Self =
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "overloaded", "too many requests at once; try again");
+    /// Too much at once of one namespace.
+    pub const TOO_MANY_UPLOADS: Self = Self::new(
+        StatusCode::TOO_MANY_REQUESTS,
+        "too_many_uploads",
+        "this namespace has too many uploads at once; try again",
+    );
+    /// A job's identity cannot be checked.
+    pub const ISSUER_UNREACHABLE: Self = Self::new(
+        StatusCode::SERVICE_UNAVAILABLE,
+        "issuer_unreachable",
+        "the keys of the token's issuer cannot be fetched; try again",
+    );
     /// Not able to answer requests.
     pub const NOT_READY: Self =
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "not_ready", "the store does not answer");
@@ -159,7 +172,7 @@ impl IntoResponse for ApiError {
             StatusCode::UNAUTHORIZED => {
                 headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
             }
-            StatusCode::SERVICE_UNAVAILABLE => {
+            StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS => {
                 headers.insert(header::RETRY_AFTER, HeaderValue::from_static(RETRY_AFTER_SECONDS));
             }
             _ => {}

@@ -3,8 +3,8 @@
 //! Labels have few values: routes are patterns, statuses are classes, codes are those of [`crate::error`].
 
 use prometheus::{
-    Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
-    TextEncoder,
+    Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry, TextEncoder,
 };
 
 use crate::store::StoreStats;
@@ -23,6 +23,8 @@ pub struct Metrics {
     pub request_seconds: HistogramVec,
     /// Open connections.
     pub connections: IntGauge,
+    /// Connections closed because their address had too many.
+    pub refused_connections: IntCounter,
     /// Action keys looked up, by `outcome`.
     pub lookups: IntCounterVec,
     /// Blobs asked for, by `outcome`.
@@ -41,6 +43,8 @@ pub struct Metrics {
     evicted_bytes: IntCounter,
     recompressed_blobs: IntCounter,
     saved_bytes: IntCounter,
+    scrubbed_blobs: IntCounter,
+    damaged_blobs: IntCounter,
 }
 
 impl Metrics {
@@ -66,6 +70,10 @@ impl Metrics {
                 )?,
             )?,
             connections: registered(&registry, IntGauge::new("cachec_connections", "Open connections.")?)?,
+            refused_connections: counter(
+                "cachec_refused_connections_total",
+                "Connections closed because their address had too many.",
+            )?,
             lookups: counters("cachec_lookup_keys_total", "Action keys looked up.", &["outcome"])?,
             blobs: counters("cachec_blob_reads_total", "Blobs asked for.", &["outcome"])?,
             puts: counters("cachec_puts_total", "Blobs and results put.", &["kind", "outcome"])?,
@@ -83,6 +91,8 @@ impl Metrics {
                 "Blobs that were compressed again, to fewer bytes.",
             )?,
             saved_bytes: counter("cachec_recompression_saved_bytes_total", "Bytes that this has freed.")?,
+            scrubbed_blobs: counter("cachec_scrubbed_blobs_total", "Blobs that were read and checked.")?,
+            damaged_blobs: counter("cachec_damaged_blobs_total", "Blobs that were found to be damaged.")?,
             registry,
         })
     }
@@ -92,11 +102,16 @@ impl Metrics {
     /// # Errors
     /// Those of the encoder.
     pub fn render(&self, stats: &StoreStats) -> prometheus::Result<String> {
-        self.evicted_entries.inc_by(stats.evicted_entries.saturating_sub(self.evicted_entries.get()));
-        self.evicted_bytes.inc_by(stats.evicted_bytes.saturating_sub(self.evicted_bytes.get()));
-        let recompressed = stats.recompressed_blobs.saturating_sub(self.recompressed_blobs.get());
-        self.recompressed_blobs.inc_by(recompressed);
-        self.saved_bytes.inc_by(stats.saved_bytes.saturating_sub(self.saved_bytes.get()));
+        for (counter, now) in [
+            (&self.evicted_entries, stats.evicted_entries),
+            (&self.evicted_bytes, stats.evicted_bytes),
+            (&self.recompressed_blobs, stats.recompressed_blobs),
+            (&self.saved_bytes, stats.saved_bytes),
+            (&self.scrubbed_blobs, stats.scrubbed_blobs),
+            (&self.damaged_blobs, stats.damaged_blobs),
+        ] {
+            counter.inc_by(now.saturating_sub(counter.get()));
+        }
         let mut text = Vec::new();
         TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
         TextEncoder::new().encode(&store_registry(stats)?.gather(), &mut text)?;
@@ -115,6 +130,14 @@ fn registered<C: prometheus::core::Collector + Clone + 'static>(
 /// The store's figures at this moment.
 fn store_registry(stats: &StoreStats) -> prometheus::Result<Registry> {
     let registry = Registry::new();
+    let namespaces = IntGaugeVec::new(
+        Opts::new("cachec_namespace_bytes", "Store: what is stored, by pattern of namespaces."),
+        &["namespace"],
+    )?;
+    for (label, bytes) in &stats.namespace_bytes {
+        namespaces.with_label_values(&[label]).set(i64::try_from(*bytes).unwrap_or(i64::MAX));
+    }
+    registry.register(Box::new(namespaces))?;
     let own = [
         ("stored_bytes", stats.stored_bytes),
         ("reserved_bytes", stats.reserved_bytes),

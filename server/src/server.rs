@@ -7,17 +7,24 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use tokio::net::TcpListener;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 
+use crate::access::Gate;
 use crate::app::{self, App, Limits};
-use crate::connection::{self, Deadlines};
+use crate::connection::{self, Connections, Deadlines};
+use crate::control;
+use crate::identity::{Identities, Issuer};
 use crate::metrics::Metrics;
 use crate::store::embedded::{Embedded, EmbeddedOptions};
+use crate::store::layered::Layered;
 use crate::store::metered::Metered;
-use crate::tokens::Tokens;
+use crate::tls::{Tls, TlsFiles};
 
 /// How often the store does its housekeeping, and so the most that a power cut forgets.
 const MAINTENANCE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// How often the certificate's files are looked at.
+const TLS_INTERVAL: Duration = Duration::from_secs(60);
 
 /// What a server is started with.
 #[derive(Debug, Clone)]
@@ -28,12 +35,64 @@ pub struct ServerOptions {
     pub store: EmbeddedOptions,
     /// The level at which blobs are compressed again, if they are.
     pub recompress_level: Option<i32>,
+    /// How often all blobs are read and checked, if they are.
+    pub scrub_interval: Option<Duration>,
     /// Whether it may listen beyond loopback without tokens.
     pub open: bool,
+    /// Who CI jobs may be.
+    pub identities: Vec<Issuer>,
+    /// What makes connections secure, if they are to be.
+    pub tls: Option<TlsFiles>,
+    /// Most connections at a time.
+    pub max_connections: usize,
+    /// Most connections of one address at a time.
+    pub max_connections_per_address: usize,
     /// What bounds its work.
     pub limits: Limits,
     /// How long clients may take.
     pub deadlines: Deadlines,
+}
+
+impl ServerOptions {
+    /// Options with everything else as it is without configuration.
+    #[must_use]
+    pub fn new(listen: SocketAddr, store: EmbeddedOptions) -> Self {
+        Self {
+            listen,
+            store,
+            recompress_level: None,
+            scrub_interval: None,
+            open: false,
+            identities: Vec::new(),
+            tls: None,
+            max_connections: 4096,
+            max_connections_per_address: 256,
+            limits: Limits::default(),
+            deadlines: Deadlines::default(),
+        }
+    }
+
+    /// What decides who may do what. Also a check of the options about that.
+    ///
+    /// # Errors
+    /// A rule that cannot be, a directory that cannot be used, or an address beyond loopback for everybody.
+    pub fn gate(&self) -> anyhow::Result<Gate> {
+        let data = &self.store.directory;
+        let identities = match self.identities.as_slice() {
+            [] => None,
+            issuers => Some(Identities::new(issuers.to_vec())?),
+        };
+        let gate = Gate::open(data, Arc::clone(&self.store.policy), identities)
+            .with_context(|| format!("cannot use {}", data.display()))?;
+        if !self.listen.ip().is_loopback() && !self.open && !gate.is_closed()? {
+            bail!(
+                "{} is not a loopback address and there is no token; create one with `cachec-server token \
+                 create`, or allow everybody with `--open`",
+                self.listen
+            );
+        }
+        Ok(gate)
+    }
 }
 
 /// A server that listens, and is about to serve.
@@ -41,9 +100,9 @@ pub struct Server {
     listener: TcpListener,
     address: SocketAddr,
     store: Embedded,
-    recompress_level: Option<i32>,
     app: App,
-    deadlines: Deadlines,
+    tls: Option<Arc<Tls>>,
+    options: ServerOptions,
 }
 
 impl Server {
@@ -52,33 +111,20 @@ impl Server {
     /// # Errors
     /// A store that cannot be opened, an address that cannot be had, or one beyond loopback without tokens.
     pub async fn bind(options: ServerOptions) -> anyhow::Result<Self> {
-        let data = options.store.directory.clone();
-        let tokens = Tokens::open(&data).with_context(|| format!("cannot use {}", data.display()))?;
-        if !options.listen.ip().is_loopback() && !options.open && !tokens.are_needed()? {
-            bail!(
-                "{} is not a loopback address and there is no token; create one with `cachec-server token \
-                 create`, or allow everybody with `--open`",
-                options.listen
-            );
-        }
-        let store_options = options.store;
+        let gate = options.gate()?;
+        let tls = options.tls.clone().map(Tls::load).transpose()?;
+        let store_options = options.store.clone();
         let store = tokio::task::spawn_blocking(move || Embedded::open(&store_options))
             .await?
-            .with_context(|| format!("cannot open the store in {}", data.display()))?;
+            .with_context(|| format!("cannot open the store in {}", options.store.directory.display()))?;
         let listener = TcpListener::bind(options.listen)
             .await
             .with_context(|| format!("cannot listen on {}", options.listen))?;
         let metrics = Arc::new(Metrics::new()?);
-        let metered = Metered::new(store.clone(), Arc::clone(&metrics));
-        let app = App::new(Arc::new(metered), Arc::new(tokens), metrics, options.limits);
-        Ok(Self {
-            address: listener.local_addr()?,
-            listener,
-            store,
-            recompress_level: options.recompress_level,
-            app,
-            deadlines: options.deadlines,
-        })
+        let layered = Layered::new(store.clone(), Arc::clone(&options.store.policy));
+        let metered = Metered::new(layered, Arc::clone(&metrics));
+        let app = App::new(Arc::new(metered), Arc::new(gate), metrics, options.limits.clone());
+        Ok(Self { address: listener.local_addr()?, listener, store, app, tls, options })
     }
 
     /// Where it listens.
@@ -93,18 +139,46 @@ impl Server {
         self.store.clone()
     }
 
+    /// Its URL, without a slash at the end.
+    #[must_use]
+    pub fn url(&self) -> String {
+        let scheme = if self.tls.is_some() { "https" } else { "http" };
+        format!("{scheme}://{}", self.address)
+    }
+
     /// Serves until `stop` is ready, and then until the requests in flight are answered.
-    pub async fn serve(self, stop: impl Future<Output = ()>) {
-        let recompression = self.recompress_level.and_then(|level| {
-            let started = self.store.recompress(level);
-            started.inspect_err(|error| tracing::error!(%error, "blobs are not recompressed")).ok()
-        });
-        let maintenance = tokio::spawn(maintain(self.store));
-        let metrics = Arc::clone(&self.app.metrics);
-        connection::serve(self.listener, app::router(self.app), metrics, self.deadlines, stop).await;
-        maintenance.abort();
-        // Waits for its thread.
-        let _ = tokio::task::spawn_blocking(move || drop(recompression)).await;
+    ///
+    /// # Errors
+    /// TLS cannot be set up.
+    pub async fn serve(self, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
+        let options = self.options;
+        let background = [
+            options.recompress_level.map(|level| self.store.recompress(level)),
+            options.scrub_interval.map(|interval| self.store.scrub_every(interval)),
+        ];
+        let background = background.into_iter().flatten().collect::<Result<Vec<_>, _>>()?;
+        let connections = Connections {
+            metrics: Arc::clone(&self.app.metrics),
+            router: app::router(self.app),
+            deadlines: options.deadlines,
+            max_connections: options.max_connections,
+            max_connections_per_address: options.max_connections_per_address,
+            tls: self.tls.as_ref().map(Tls::acceptor).transpose()?,
+        };
+        let mut tasks = JoinSet::new();
+        match control::listen(&options.store.directory) {
+            Ok(listener) => drop(tasks.spawn(control::serve(listener, self.store.clone()))),
+            Err(error) => tracing::warn!(%error, "there is no socket for commands"),
+        }
+        tasks.spawn(maintain(self.store));
+        if let Some(tls) = self.tls {
+            tasks.spawn(renew(tls));
+        }
+        connection::serve(self.listener, connections, stop).await;
+        tasks.shutdown().await;
+        // Waits for the threads.
+        let _ = tokio::task::spawn_blocking(move || drop(background)).await;
+        Ok(())
     }
 }
 
@@ -114,7 +188,7 @@ pub struct RunningServer {
     pub url: String,
     store: Embedded,
     stop: tokio::sync::oneshot::Sender<()>,
-    task: JoinHandle<()>,
+    task: JoinHandle<anyhow::Result<()>>,
 }
 
 impl RunningServer {
@@ -124,7 +198,7 @@ impl RunningServer {
     /// As [`Server::bind`].
     pub async fn start(options: ServerOptions) -> anyhow::Result<Self> {
         let server = Server::bind(options).await?;
-        let url = format!("http://{}", server.address());
+        let url = server.url();
         let store = server.store();
         let (stop, stopped) = tokio::sync::oneshot::channel();
         let task = tokio::spawn(server.serve(async {
@@ -145,9 +219,22 @@ impl RunningServer {
     /// It panicked, or its store could not be closed.
     pub async fn stop(self) -> anyhow::Result<()> {
         let _ = self.stop.send(());
-        self.task.await?;
+        self.task.await??;
         self.store.close()?;
         Ok(())
+    }
+}
+
+/// Looks for a new certificate from time to time.
+async fn renew(tls: Arc<Tls>) {
+    let mut ticks = tokio::time::interval(TLS_INTERVAL);
+    loop {
+        ticks.tick().await;
+        match tls.reload() {
+            Ok(true) => tracing::info!("the certificate was exchanged"),
+            Ok(false) => {}
+            Err(error) => tracing::error!("the new certificate is not used: {error:#}"),
+        }
     }
 }
 

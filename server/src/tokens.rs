@@ -7,7 +7,7 @@
 //! ```text
 //! DATA/tokens/<id>        id: first 16 digits of the token's digest
 //! digest=<64 digits>
-//! namespace=<name>
+//! namespace=<name, or its beginning and '*'>
 //! allow=read,write
 //! expires=<seconds since 1970, or never>
 //! state=active | revoked
@@ -27,9 +27,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use cachec_protocol::Digest;
+use serde::Deserialize;
 
-use crate::namespace::Namespace;
+use crate::namespace::{Namespace, Pattern};
 
+/// What every token begins with.
 const PREFIX: &str = "cachec_";
 const RANDOM_BYTES: usize = 32;
 const ID_DIGITS: usize = 16;
@@ -44,7 +46,8 @@ pub enum Verb {
 }
 
 /// A set of verbs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
 pub struct Verbs {
     read: bool,
     write: bool,
@@ -77,6 +80,14 @@ impl FromStr for Verbs {
     }
 }
 
+impl TryFrom<String> for Verbs {
+    type Error = &'static str;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        text.parse()
+    }
+}
+
 impl std::fmt::Display for Verbs {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         formatter.write_str(match (self.read, self.write) {
@@ -92,8 +103,8 @@ impl std::fmt::Display for Verbs {
 pub struct TokenRecord {
     /// What it is listed and revoked by.
     pub id: String,
-    /// The only namespace that it is good for.
-    pub namespace: Namespace,
+    /// The only namespaces that it is good for.
+    pub namespaces: Pattern,
     /// What it allows there.
     pub verbs: Verbs,
     /// When it ends, if it does.
@@ -140,6 +151,12 @@ impl Tokens {
         Ok(Self { directory, seen: AtomicBool::new(false) })
     }
 
+    /// Where they are kept.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
     /// Whether requests need a token: there is or was one.
     ///
     /// # Errors
@@ -155,18 +172,13 @@ impl Tokens {
         Ok(found)
     }
 
-    /// Decides about a request with this bearer token, if any. Blocks on small files.
+    /// Decides about a request with this bearer token. Blocks on a small file.
     ///
     /// # Errors
     /// Files cannot be read; the caller refuses.
-    pub fn check(&self, token: Option<&str>, namespace: &Namespace, verb: Verb) -> io::Result<Grant> {
-        if !self.are_needed()? {
-            return Ok(Grant::Allowed);
-        }
-        let Some(record) = token.map(|token| self.find(token)).transpose()?.flatten() else {
-            return Ok(Grant::Unknown);
-        };
-        if record.namespace != *namespace || !record.is_active(SystemTime::now()) {
+    pub fn check(&self, token: &str, namespace: &Namespace, verb: Verb) -> io::Result<Grant> {
+        let Some(record) = self.find(token)? else { return Ok(Grant::Unknown) };
+        if !record.namespaces.matches(namespace) || !record.is_active(SystemTime::now()) {
             return Ok(Grant::Unknown);
         }
         Ok(if record.verbs.contains(verb) { Grant::Allowed } else { Grant::Forbidden })
@@ -187,7 +199,7 @@ impl Tokens {
     /// No randomness, or the file cannot be written.
     pub fn create(
         &self,
-        namespace: &Namespace,
+        namespaces: &Pattern,
         verbs: Verbs,
         expires: Option<SystemTime>,
     ) -> io::Result<(String, String)> {
@@ -197,7 +209,7 @@ impl Tokens {
         let digest = blake3::hash(token.as_bytes());
         let record = TokenRecord {
             id: token_id(digest),
-            namespace: namespace.clone(),
+            namespaces: namespaces.clone(),
             verbs,
             expires,
             revoked: false,
@@ -213,7 +225,11 @@ impl Tokens {
     pub fn list(&self) -> io::Result<Vec<TokenRecord>> {
         let mut records = BTreeMap::new();
         for entry in fs::read_dir(&self.directory)? {
-            if let Some((_, record)) = parse(&fs::read_to_string(entry?.path())?) {
+            let path = entry?.path();
+            if path.file_name().is_none_or(|name| name.len() != ID_DIGITS) {
+                continue;
+            }
+            if let Some((_, record)) = parse(&fs::read_to_string(path)?) {
                 records.insert(record.id.clone(), record);
             }
         }
@@ -245,7 +261,7 @@ impl Tokens {
         );
         let text = format!(
             "digest={digest}\nnamespace={}\nallow={}\nexpires={expires}\nstate={}\n",
-            record.namespace,
+            record.namespaces,
             record.verbs,
             if record.revoked { "revoked" } else { "active" },
         );
@@ -280,7 +296,7 @@ fn parse(text: &str) -> Option<(blake3::Hash, TokenRecord)> {
     };
     let record = TokenRecord {
         id: token_id(digest),
-        namespace: lines.get("namespace")?.parse().ok()?,
+        namespaces: lines.get("namespace")?.parse().ok()?,
         verbs: lines.get("allow")?.parse().ok()?,
         expires,
         revoked,
@@ -298,37 +314,47 @@ mod tests {
         (data, tokens)
     }
 
-    fn namespace(name: &str) -> Namespace {
-        name.parse().unwrap()
+    fn create(
+        tokens: &Tokens,
+        namespaces: &str,
+        allow: &str,
+        expires: Option<SystemTime>,
+    ) -> (String, String) {
+        tokens.create(&namespaces.parse().unwrap(), allow.parse().unwrap(), expires).unwrap()
+    }
+
+    fn check(tokens: &Tokens, token: &str, namespace: &str, verb: Verb) -> Grant {
+        tokens.check(token, &namespace.parse().unwrap(), verb).unwrap()
     }
 
     #[test]
-    fn a_token_is_good_for_its_namespace_and_verbs_only() {
+    fn a_token_is_good_for_its_namespaces_and_verbs_only() {
         let (_data, tokens) = tokens();
-        let team = namespace("team");
-        assert_eq!(tokens.check(None, &team, Verb::Write).unwrap(), Grant::Allowed);
-        let (token, _) = tokens.create(&team, "read".parse().unwrap(), None).unwrap();
-        let check = |token, name, verb| tokens.check(token, &namespace(name), verb).unwrap();
-        assert_eq!(check(Some(token.as_str()), "team", Verb::Read), Grant::Allowed);
-        assert_eq!(check(Some(token.as_str()), "team", Verb::Write), Grant::Forbidden);
-        assert_eq!(check(Some(token.as_str()), "other", Verb::Read), Grant::Unknown);
-        assert_eq!(check(Some("cachec_0"), "team", Verb::Read), Grant::Unknown);
-        assert_eq!(check(None, "team", Verb::Read), Grant::Unknown);
+        assert!(!tokens.are_needed().unwrap());
+        let (token, _) = create(&tokens, "team", "read", None);
+        assert!(tokens.are_needed().unwrap());
+        assert_eq!(check(&tokens, &token, "team", Verb::Read), Grant::Allowed);
+        assert_eq!(check(&tokens, &token, "team", Verb::Write), Grant::Forbidden);
+        for other in ["other", "team2", "tea"] {
+            assert_eq!(check(&tokens, &token, other, Verb::Read), Grant::Unknown);
+        }
+        assert_eq!(check(&tokens, "cachec_0", "team", Verb::Read), Grant::Unknown);
+        let (many, _) = create(&tokens, "pr-*", "read,write", None);
+        assert_eq!(check(&tokens, &many, "pr-7", Verb::Write), Grant::Allowed);
+        assert_eq!(check(&tokens, &many, "team", Verb::Read), Grant::Unknown);
     }
 
     #[test]
     fn expired_and_revoked_tokens_grant_nothing_and_do_not_open_the_server() {
         let (_data, tokens) = tokens();
-        let team = namespace("team");
-        let verbs = "read,write".parse().unwrap();
-        let (expired, _) = tokens.create(&team, verbs, Some(SystemTime::now())).unwrap();
-        let (revoked, id) = tokens.create(&team, verbs, None).unwrap();
-        assert_eq!(tokens.check(Some(&revoked), &team, Verb::Read).unwrap(), Grant::Allowed);
+        let (expired, _) = create(&tokens, "team", "read,write", Some(SystemTime::now()));
+        let (revoked, id) = create(&tokens, "team", "read,write", None);
+        assert_eq!(check(&tokens, &revoked, "team", Verb::Read), Grant::Allowed);
         assert!(tokens.revoke(&id).unwrap());
         for token in [&expired, &revoked] {
-            assert_eq!(tokens.check(Some(token), &team, Verb::Read).unwrap(), Grant::Unknown);
+            assert_eq!(check(&tokens, token, "team", Verb::Read), Grant::Unknown);
         }
-        assert_eq!(tokens.check(None, &team, Verb::Read).unwrap(), Grant::Unknown);
+        assert!(tokens.are_needed().unwrap());
         assert!(!tokens.revoke("../tokens").unwrap());
         assert!(!tokens.revoke("0123456789abcdef").unwrap());
     }
@@ -336,7 +362,7 @@ mod tests {
     #[test]
     fn neither_token_nor_digest_can_be_read_off_what_is_printed() {
         let (data, tokens) = tokens();
-        let (token, id) = tokens.create(&namespace("a"), "write".parse().unwrap(), None).unwrap();
+        let (token, id) = create(&tokens, "a", "write", None);
         let stored = fs::read_to_string(data.path().join("tokens").join(&id)).unwrap();
         assert!(!stored.contains(&token[PREFIX.len()..]));
         let listed = format!("{:?}", tokens.list().unwrap());
@@ -346,13 +372,12 @@ mod tests {
     #[test]
     fn a_damaged_file_grants_nothing() {
         let (data, tokens) = tokens();
-        let team = namespace("team");
-        let (token, id) = tokens.create(&team, "read".parse().unwrap(), None).unwrap();
+        let (token, id) = create(&tokens, "team", "read", None);
         let path = data.path().join("tokens").join(id);
         let whole = fs::read_to_string(&path).unwrap();
         for cut in 0..whole.len() - 1 {
             fs::write(&path, &whole[..cut]).unwrap();
-            let grant = tokens.check(Some(&token), &team, Verb::Read).unwrap();
+            let grant = check(&tokens, &token, "team", Verb::Read);
             assert_eq!(grant, Grant::Unknown, "{}", &whole[..cut]);
         }
     }

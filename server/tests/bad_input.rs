@@ -12,11 +12,13 @@ mod harness;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::time::Duration;
+use tokio::io::AsyncWriteExt;
 
 use cachec_protocol::message::{BlobList, ErrorBody, LookupRequest, MAX_LIST_ENTRIES, PROTOCOL_HEADER};
 use cachec_protocol::pack::{MAX_WINDOW_LOG, compress};
 use cachec_protocol::{Digest, ResultKey, decode, encode};
 use harness::{Blob, MIB, TestServer, error_of, noise, publication, result};
+use tokio::io::AsyncWriteExt;
 
 /// Puts a body that must be refused, and checks that nothing of it stays.
 async fn refuse(server: &TestServer, digest: &Digest, body: Vec<u8>, status: u16, code: &str) {
@@ -243,6 +245,42 @@ async fn too_many_uploads_at_once_are_told_to_come_back() {
     sender.send(Ok(blob.frames[50_000..].to_vec())).await.unwrap();
     drop(sender);
     assert_eq!(first.await.unwrap().unwrap().status(), 201);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_namespace_with_too_many_uploads_leaves_room_for_the_others() {
+    let server = TestServer::start_with(64 * MIB, |options| {
+        options.limits.uploads = 1;
+        options.limits.requests = 4;
+    })
+    .await;
+    let address = server.running.url.trim_start_matches("http://").to_owned();
+    // Two uploads of one namespace that do not go on: one has the only turn, one waits.
+    let mut waiting = Vec::new();
+    for seed in 0..2 {
+        let digest = Blob::noise(seed, 100).digest;
+        let mut stream = tokio::net::TcpStream::connect(&address).await.unwrap();
+        let head =
+            format!("PUT /v1/default/blobs/{digest} HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n");
+        stream.write_all(head.as_bytes()).await.unwrap();
+        waiting.push(stream);
+    }
+    let third = Blob::noise(9, 1000);
+    let mut refused = server.put_bytes(&third.digest, third.frames.clone()).await;
+    for _ in 0..100 {
+        if refused.status() == 429 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        refused = server.put_bytes(&third.digest, third.frames.clone()).await;
+    }
+    assert_eq!(refused.headers()["retry-after"], "1");
+    assert_eq!(error_of(refused).await, (429, "too_many_uploads".to_owned()));
+    // Another namespace is told to wait for its turn at most, and reads are not concerned.
+    assert_eq!(server.get(&third.digest).await, None);
+    drop(waiting);
+    let other = server.url(&format!("/v1/other/blobs/{}", third.digest));
+    assert_eq!(server.client.put(other).body(third.frames).send().await.unwrap().status(), 201);
 }
 
 #[tokio::test(flavor = "multi_thread")]

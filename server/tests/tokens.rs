@@ -147,8 +147,8 @@ fn beyond_loopback_a_server_needs_tokens_or_open() {
 fn wrong_options_are_explained() {
     let data = tempfile::tempdir().unwrap();
     for (arguments, hint) in [
-        (&["--max-size", "1KiB"][..], "--max-size"),
-        (&["--max-size", "ten"], "whole number"),
+        (&["--max-size", "1KiB"][..], "max-size must be"),
+        (&["--max-size", "ten"], "into a ByteSize"),
         (&["--listen", "localhost"], "--listen"),
         (&["token", "create", "--namespace", "../x", "--allow", "read"], "a namespace is"),
         (&["token", "create", "--namespace", "x", "--allow", "all"], "read and write"),

@@ -7,3 +7,4 @@ pub mod lookup;
 pub mod missing;
 pub mod probes;
 pub mod results;
+pub mod token;

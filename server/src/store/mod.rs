@@ -6,12 +6,14 @@
 //! - Bytes are reserved before they are accepted: the store never holds more than its limit.
 //! - Nothing that is being read is cut off by an eviction.
 //!
-//! Deliberately not here: HTTP, tokens, metrics (a decorator, [`metered`], adds them).
+//! Deliberately not here: HTTP, tokens. Decorators add layers of namespaces ([`layered`]) and metrics ([`metered`]).
 
 pub mod embedded;
 mod error;
+pub mod layered;
 pub mod metered;
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read};
 
@@ -201,6 +203,12 @@ pub struct StoreStats {
     pub recompressed_blobs: u64,
     /// How many fewer.
     pub saved_bytes: u64,
+    /// Blobs that were read and checked.
+    pub scrubbed_blobs: u64,
+    /// Blobs that were found to be damaged.
+    pub damaged_blobs: u64,
+    /// What is stored, by the patterns of namespaces that the configuration has.
+    pub namespace_bytes: BTreeMap<String, u64>,
     /// RocksDB's figures: name of the metric without prefix, and value.
     pub database: Vec<(&'static str, u64)>,
 }

@@ -6,6 +6,7 @@ use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cachec_protocol::message::{ErrorBody, PublishRequest};
@@ -13,8 +14,7 @@ use cachec_protocol::pack::{self, UPLOAD_LEVEL};
 use cachec_protocol::{
     ActionKey, Digest, Input, InputKind, InputSet, Output, OutputKind, Pack, StoredResult, decode, encode,
 };
-use cachec_server::app::Limits;
-use cachec_server::connection::Deadlines;
+use cachec_server::policy::Policy;
 use cachec_server::server::{RunningServer, ServerOptions};
 use cachec_server::store::StoreStats;
 use cachec_server::store::embedded::{EmbeddedOptions, working_bytes};
@@ -87,14 +87,10 @@ pub(crate) struct TestServer {
 }
 
 pub(crate) fn options(data: &Path, max_size_bytes: u64) -> ServerOptions {
-    ServerOptions {
-        listen: SocketAddr::from(([127, 0, 0, 1], 0)),
-        store: EmbeddedOptions { directory: data.to_owned(), max_size_bytes, max_blob_bytes: 32 * MIB },
-        recompress_level: None,
-        open: false,
-        limits: Limits::default(),
-        deadlines: Deadlines::default(),
-    }
+    let directory = data.to_owned();
+    let policy = Arc::new(Policy::default());
+    let store = EmbeddedOptions { directory, max_size_bytes, max_blob_bytes: 32 * MIB, policy };
+    ServerOptions::new(SocketAddr::from(([127, 0, 0, 1], 0)), store)
 }
 
 impl TestServer {
@@ -215,15 +211,15 @@ pub(crate) async fn wait_for(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
     }
 }
 
-/// All files below a directory.
+/// All regular files below a directory.
 pub(crate) fn files(directory: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     // A directory or file may go while it is listed.
     for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
         match entry.file_type() {
             Ok(kind) if kind.is_dir() => found.extend(files(&entry.path())),
-            Ok(_) => found.push(entry.path()),
-            Err(_) => {}
+            Ok(kind) if kind.is_file() => found.push(entry.path()),
+            _ => {}
         }
     }
     found

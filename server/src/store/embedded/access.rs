@@ -65,11 +65,11 @@ impl Engine {
                 }
             };
             if listed {
-                batch.delete(Family::Lru, &entry.lru_key(before))?;
-                batch.put(Family::Lru, &entry.lru_key(*sequence), &[])?;
+                batch.delete(Family::Recency, &entry.recency_key(before)?)?;
+                batch.put(Family::Recency, &entry.recency_key(*sequence)?, &[])?;
             }
         }
         let totals = ledger.totals;
-        self.commit(ledger, batch, totals)
+        self.commit_totals(ledger, batch, totals)
     }
 }

@@ -5,6 +5,7 @@
 //! into place or removed, once a second, and when it closes. After a power cut the database is as it was at
 //! some moment between its last sync and the cut: newest entries may be forgotten, none is half there.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,12 +13,14 @@ use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 
 use cachec_protocol::codec::{self, Message};
 use minicbor::{Decode, Encode};
+use rocksdb::checkpoint::Checkpoint;
 use rocksdb::{
     BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, Direction, IteratorMode, Options,
     WriteBatch, properties,
 };
 
-use super::rows::{self, FORMAT_VERSION, Totals};
+use super::migration;
+use super::rows::{self, FORMAT_VERSION, ScrubRow, Totals};
 use crate::store::StoreError;
 
 /// Memory that all column families share for blocks that were read.
@@ -39,23 +42,27 @@ pub(super) enum Family {
     Results,
     ResultRows,
     ActionFields,
-    Lru,
+    Recency,
+    Namespaces,
+    Ages,
     Doomed,
 }
 
 impl Family {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 10] = [
         Self::Blobs,
         Self::BlobData,
         Self::Manifests,
         Self::Results,
         Self::ResultRows,
         Self::ActionFields,
-        Self::Lru,
+        Self::Recency,
+        Self::Namespaces,
+        Self::Ages,
         Self::Doomed,
     ];
 
-    const fn name(self) -> &'static str {
+    pub(super) const fn name(self) -> &'static str {
         match self {
             Self::Blobs => "blobs",
             Self::BlobData => "blob_data",
@@ -63,7 +70,9 @@ impl Family {
             Self::Results => "results",
             Self::ResultRows => "result_rows",
             Self::ActionFields => "action_fields",
-            Self::Lru => "lru",
+            Self::Recency => "recency",
+            Self::Namespaces => "namespaces",
+            Self::Ages => "ages",
             Self::Doomed => "doomed",
         }
     }
@@ -94,8 +103,7 @@ impl Open<'_> {
     }
 
     fn family(&self, family: Family) -> Result<&ColumnFamily, StoreError> {
-        // Every family was opened or created with the database.
-        self.db()?.cf_handle(family.name()).ok_or(StoreError::DamagedRow("column family"))
+        handle(self.db()?, family)
     }
 }
 
@@ -143,6 +151,32 @@ impl Database {
         }
     }
 
+    /// Passes all rows of a family. Writes go on meanwhile, and are not seen.
+    pub(super) fn walk(
+        &self,
+        family: Family,
+        pass: impl FnMut(&[u8], &[u8]) -> Result<(), StoreError>,
+    ) -> Result<(), StoreError> {
+        walk(self.read().db()?, family, pass)
+    }
+
+    /// How far scrubbing is.
+    pub(super) fn scrub_row(&self) -> Result<Option<ScrubRow>, StoreError> {
+        let bytes = self.read().db()?.get("scrub").map_err(StoreError::database_read)?;
+        bytes.map(|bytes| rows::decode(&bytes, "scrub")).transpose()
+    }
+
+    pub(super) fn put_scrub_row(&self, row: &ScrubRow) -> Result<(), StoreError> {
+        self.watch(self.read().db()?.put("scrub", codec::encode(row)))
+    }
+
+    /// Writes a copy that shares its files with this database. The directory must not exist.
+    pub(super) fn checkpoint(&self, directory: &Path) -> Result<(), StoreError> {
+        let open = self.read();
+        let checkpoint = Checkpoint::new(open.db()?).map_err(StoreError::database_read)?;
+        checkpoint.create_checkpoint(directory).map_err(StoreError::database_write)
+    }
+
     /// A value as it is stored.
     pub(super) fn get(&self, family: Family, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
         let open = self.read();
@@ -164,6 +198,19 @@ impl Database {
         let from = IteratorMode::From(from, Direction::Forward);
         let first = open.db()?.iterator_cf(open.family(family)?, from).next().transpose();
         Ok(first.map_err(StoreError::database_read)?.map(|(key, _)| key.into_vec()))
+    }
+
+    /// The last row at or before `key`, decoded.
+    pub(super) fn last_row<T: Message + for<'b> Decode<'b, ()>>(
+        &self,
+        family: Family,
+        key: &[u8],
+    ) -> Result<Option<T>, StoreError> {
+        let open = self.read();
+        let from = IteratorMode::From(key, Direction::Reverse);
+        let last = open.db()?.iterator_cf(open.family(family)?, from).next().transpose();
+        let last = last.map_err(StoreError::database_read)?;
+        last.map(|(_, bytes)| rows::decode(&bytes, family.name())).transpose()
     }
 
     /// All rows of a family that is known to be small.
@@ -252,19 +299,53 @@ impl Batch<'_> {
 }
 
 fn open(directory: &Path, working_bytes: u64, cache: &Cache) -> Result<DB, StoreError> {
-    let families = Family::ALL
-        .into_iter()
-        .map(Family::name)
-        .chain([rocksdb::DEFAULT_COLUMN_FAMILY_NAME])
-        .map(|name| ColumnFamilyDescriptor::new(name, family_options(cache)));
-    let db = DB::open_cf_descriptors(&database_options(working_bytes), directory, families)
-        .map_err(StoreError::database_read)?;
-    match db.get("format").map_err(StoreError::database_read)? {
+    let options = database_options(working_bytes);
+    let mut names: BTreeSet<String> =
+        Family::ALL.into_iter().map(|family| family.name().to_owned()).collect();
+    names.insert(rocksdb::DEFAULT_COLUMN_FAMILY_NAME.to_owned());
+    // RocksDB opens a database with all of its families only.
+    if directory.join("CURRENT").exists() {
+        names.extend(DB::list_cf(&options, directory).map_err(StoreError::database_read)?);
+    }
+    let families = names.into_iter().map(|name| ColumnFamilyDescriptor::new(name, family_options(cache)));
+    let mut db = DB::open_cf_descriptors(&options, directory, families).map_err(StoreError::database_read)?;
+    match db.get("format").map_err(StoreError::database_read)?.as_deref() {
         None => db.put("format", [FORMAT_VERSION]).map_err(StoreError::database_write)?,
-        Some(version) if version == [FORMAT_VERSION] => {}
+        Some([FORMAT_VERSION]) => {}
+        Some([1]) => migration::from_version_1(&db)?,
         Some(_) => return Err(StoreError::DamagedRow("format: written by another version of cachec-server")),
     }
+    migration::drop_old_families(&mut db)?;
     Ok(db)
+}
+
+/// Passes all rows of a family in a database that nobody has open.
+pub(super) fn walk_closed(
+    directory: &Path,
+    family: Family,
+    pass: impl FnMut(&[u8], &[u8]) -> Result<(), StoreError>,
+) -> Result<(), StoreError> {
+    let db = DB::open_cf_for_read_only(&Options::default(), directory, [family.name()], false)
+        .map_err(StoreError::database_read)?;
+    walk(&db, family, pass)
+}
+
+/// Passes all rows of a family.
+pub(super) fn walk(
+    db: &DB,
+    family: Family,
+    mut pass: impl FnMut(&[u8], &[u8]) -> Result<(), StoreError>,
+) -> Result<(), StoreError> {
+    for row in db.iterator_cf(handle(db, family)?, IteratorMode::Start) {
+        let (key, value) = row.map_err(StoreError::database_read)?;
+        pass(&key, &value)?;
+    }
+    Ok(())
+}
+
+/// A family of an open database: every one was opened or created with it.
+pub(super) fn handle(db: &DB, family: Family) -> Result<&ColumnFamily, StoreError> {
+    db.cf_handle(family.name()).ok_or(StoreError::DamagedRow("column family"))
 }
 
 fn database_options(working_bytes: u64) -> Options {

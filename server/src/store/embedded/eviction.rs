@@ -8,9 +8,10 @@
 //! A batch is written for each entry, so that every step reads what the step before it wrote.
 
 use super::database::{Batch, Family, is_absent};
-use super::ledger::Ledger;
-use super::rows::{self, BlobHome, BlobRow, DoomedRow, Entry, EntryKind, ResultRow, Totals};
+use super::ledger::{Ledger, Sums};
+use super::rows::{self, BlobHome, BlobRow, DoomedRow, Entry, EntryKind, ResultRow};
 use super::{DataDirectory, Engine};
+use crate::namespace::Namespace;
 use crate::store::StoreError;
 
 /// Room is made for this part of the limit more than is needed, but at most so many bytes, so that not every
@@ -28,43 +29,111 @@ pub(super) struct DoomedFile {
     pub(super) counted_bytes: u64,
 }
 
+/// What entries are kept below: a namespace's quota, or the limit of the store.
+struct Bound<'n> {
+    namespace: Option<&'n Namespace>,
+    limit_bytes: u64,
+}
+
+impl Bound<'_> {
+    fn reserved_bytes(&self, ledger: &Ledger) -> u64 {
+        self.namespace.map_or(ledger.reserved_bytes, |namespace| ledger.shares.get(namespace).reserved_bytes)
+    }
+
+    /// Whether so much more fits, once the doomed files are gone.
+    fn fits(&self, ledger: &Ledger, more_bytes: u64) -> bool {
+        let stored = |namespace| ledger.shares.get(namespace).stored_bytes;
+        let stored_bytes = self.namespace.map_or_else(|| ledger.kept_bytes(), stored);
+        stored_bytes.saturating_add(self.reserved_bytes(ledger)).saturating_add(more_bytes)
+            <= self.limit_bytes
+    }
+}
+
 impl Engine {
-    /// Evicts until `needed_bytes` more fit.
+    /// Evicts until `needed_bytes` more fit into a namespace's quota, and into the store.
     ///
     /// # Errors
     /// [`StoreError::Full`] where they cannot; nothing is evicted where that was clear from the start.
-    pub(super) fn make_room(&self, ledger: &mut Ledger, needed_bytes: u64) -> Result<(), StoreError> {
-        let fits =
-            |ledger: &Ledger, bytes: u64| ledger.used_bytes().saturating_add(bytes) <= self.limit_bytes;
-        if fits(ledger, needed_bytes) {
+    pub(super) fn make_room(
+        &self,
+        ledger: &mut Ledger,
+        namespace: &Namespace,
+        needed_bytes: u64,
+    ) -> Result<(), StoreError> {
+        if let Some(limit_bytes) = self.policy.quota_bytes(namespace) {
+            self.keep_bound(ledger, &Bound { namespace: Some(namespace), limit_bytes }, needed_bytes)?;
+        }
+        self.keep_bound(ledger, &Bound { namespace: None, limit_bytes: self.limit_bytes }, needed_bytes)
+    }
+
+    /// Evicts the oldest entries until so much more fits.
+    fn keep_bound(
+        &self,
+        ledger: &mut Ledger,
+        bound: &Bound<'_>,
+        needed_bytes: u64,
+    ) -> Result<(), StoreError> {
+        if bound.fits(ledger, needed_bytes) && ledger.doomed.is_empty() {
             return Ok(());
         }
-        if ledger.reserved_bytes.saturating_add(needed_bytes) > self.limit_bytes {
+        if bound.reserved_bytes(ledger).saturating_add(needed_bytes) > bound.limit_bytes {
             return Err(StoreError::Full { needed_bytes });
         }
         self.apply_touches(ledger)?;
-        let slack_bytes = (self.limit_bytes / SLACK_PART).min(MAX_SLACK_BYTES);
+        let slack_bytes = (bound.limit_bytes / SLACK_PART).min(MAX_SLACK_BYTES);
         let wanted_bytes = needed_bytes.saturating_add(slack_bytes);
-        while ledger.used_bytes().saturating_add(wanted_bytes).saturating_sub(ledger.doomed_bytes())
-            > self.limit_bytes
-        {
-            if !self.evict_oldest(ledger)? {
-                break;
-            }
-            if ledger.doomed.len() >= MAX_DOOMED {
-                self.remove_files(ledger)?;
-            }
-        }
+        while !bound.fits(ledger, wanted_bytes) && self.evict_oldest(ledger, bound.namespace)? {}
         self.remove_files(ledger)?;
-        if fits(ledger, needed_bytes) { Ok(()) } else { Err(StoreError::Full { needed_bytes }) }
+        if bound.fits(ledger, needed_bytes) { Ok(()) } else { Err(StoreError::Full { needed_bytes }) }
     }
 
-    /// Evicts one entry; false where there is none.
-    fn evict_oldest(&self, ledger: &mut Ledger) -> Result<bool, StoreError> {
-        let floor = ledger.totals.lru_floor.to_be_bytes();
-        let Some(lru_key) = self.database.first_key(Family::Lru, &floor)? else { return Ok(false) };
-        let (sequence, entry) = Entry::from_lru_key(&lru_key)?;
-        ledger.totals.lru_floor = sequence;
+    /// Brings the store and every namespace below their limits.
+    pub(super) fn keep_limits(&self, ledger: &mut Ledger) -> Result<(), StoreError> {
+        let namespaces: Vec<_> = ledger.shares.iter().map(|(namespace, _)| namespace.clone()).collect();
+        namespaces.iter().try_for_each(|namespace| self.make_room(ledger, namespace, 0))
+    }
+
+    /// Evicts the least recently used entry, of a namespace or of all; false where there is none.
+    fn evict_oldest(&self, ledger: &mut Ledger, namespace: Option<&Namespace>) -> Result<bool, StoreError> {
+        let oldest = match namespace {
+            Some(namespace) => self.oldest_of(ledger, namespace)?,
+            None => self.oldest(ledger)?,
+        };
+        let Some((sequence, entry)) = oldest else { return Ok(false) };
+        self.evict(ledger, sequence, &entry)?;
+        Ok(true)
+    }
+
+    /// The least recently used entry of all namespaces.
+    fn oldest(&self, ledger: &mut Ledger) -> Result<Option<(u64, Entry)>, StoreError> {
+        while let Some(namespace) = ledger.shares.lowest().cloned() {
+            let found = self.oldest_of(ledger, &namespace)?;
+            // Its head may have been too low.
+            if found.is_some() && ledger.shares.lowest() == Some(&namespace) {
+                return Ok(found);
+            }
+        }
+        Ok(None)
+    }
+
+    /// The least recently used entry of a namespace, where its head is from now on.
+    pub(super) fn oldest_of(
+        &self,
+        ledger: &mut Ledger,
+        namespace: &Namespace,
+    ) -> Result<Option<(u64, Entry)>, StoreError> {
+        let Some(head) = ledger.shares.head(namespace) else { return Ok(None) };
+        let from = rows::recency_from(namespace, head);
+        let all = namespace.as_str().len() + 1;
+        let found =
+            self.database.first_key(Family::Recency, &from)?.filter(|key| key.get(..all) == from.get(..all));
+        let found = found.map(|key| Entry::from_recency_key(&key)).transpose()?;
+        ledger.shares.set_head(namespace, found.as_ref().map(|(sequence, _)| *sequence));
+        Ok(found)
+    }
+
+    /// Evicts one entry. Its file is unlinked with others.
+    pub(super) fn evict(&self, ledger: &mut Ledger, sequence: u64, entry: &Entry) -> Result<(), StoreError> {
         let before_bytes = ledger.kept_bytes();
         let removed = match entry.kind {
             EntryKind::Result => self.remove_result(ledger, &entry.key)?,
@@ -76,11 +145,11 @@ impl Engine {
         } else {
             // A row of the index without its entry cannot be; should one be, it must not stop evictions.
             let mut batch = self.database.batch();
-            batch.delete(Family::Lru, &lru_key)?;
+            batch.delete(Family::Recency, &entry.recency_key(sequence)?)?;
             let totals = ledger.totals;
-            self.commit(ledger, batch, totals)?;
+            self.commit_totals(ledger, batch, totals)?;
         }
-        Ok(true)
+        if ledger.doomed.len() >= MAX_DOOMED { self.remove_files(ledger) } else { Ok(()) }
     }
 
     /// Deletes a result's rows, takes it out of its manifest and releases its pack; false where there is none.
@@ -88,12 +157,12 @@ impl Engine {
         let Some(row) = self.database.get_row::<ResultRow>(Family::ResultRows, key)? else {
             return Ok(false);
         };
-        let mut totals = ledger.totals;
+        let mut sums = ledger.sums_of(key)?;
         let mut batch = self.database.batch();
         batch.delete(Family::Results, key)?;
         batch.delete(Family::ResultRows, key)?;
         batch.delete(Family::ActionFields, key)?;
-        batch.delete(Family::Lru, &Entry::result(key).lru_key(row.sequence))?;
+        batch.delete(Family::Recency, &Entry::result(key).recency_key(row.sequence)?)?;
         let manifest_key = rows::sibling_key(key, row.action_key.as_bytes());
         let result_key = rows::key_digest(key)?;
         let mut manifest = self.manifest(&manifest_key)?;
@@ -106,9 +175,9 @@ impl Engine {
         if let Some(pack) = row.pack {
             self.release_pack(&mut batch, &rows::sibling_key(key, pack.as_bytes()), row.sequence)?;
         }
-        totals.stored_bytes = totals.stored_bytes.saturating_sub(row.charge_bytes);
-        totals.results = totals.results.saturating_sub(1);
-        self.commit(ledger, batch, totals)?;
+        sums.release(row.charge_bytes);
+        sums.totals.results = sums.totals.results.saturating_sub(1);
+        self.commit(ledger, batch, sums)?;
         Ok(true)
     }
 
@@ -119,7 +188,7 @@ impl Engine {
         blob.references = blob.references.saturating_sub(1);
         if blob.references == 0 {
             blob.sequence = blob.sequence.max(sequence);
-            batch.put(Family::Lru, &Entry::blob(key).lru_key(blob.sequence), &[])?;
+            batch.put(Family::Recency, &Entry::blob(key).recency_key(blob.sequence)?, &[])?;
         }
         batch.put_row(Family::Blobs, key, &blob)
     }
@@ -128,14 +197,14 @@ impl Engine {
     fn remove_blob(&self, ledger: &mut Ledger, key: &[u8]) -> Result<bool, StoreError> {
         let row = self.database.get_row::<BlobRow>(Family::Blobs, key)?;
         let Some(row) = row.filter(|row| row.references == 0) else { return Ok(false) };
-        let mut totals = ledger.totals;
+        let mut sums = ledger.sums_of(key)?;
         let mut batch = self.database.batch();
         batch.delete(Family::Blobs, key)?;
-        batch.delete(Family::Lru, &Entry::blob(key).lru_key(row.sequence))?;
-        let file = doom_data(&mut batch, &mut totals, key, &row)?;
-        totals.stored_bytes = totals.stored_bytes.saturating_sub(rows::ENTRY_BYTES);
-        totals.blobs = totals.blobs.saturating_sub(1);
-        self.commit(ledger, batch, totals)?;
+        batch.delete(Family::Recency, &Entry::blob(key).recency_key(row.sequence)?)?;
+        let file = doom_data(&mut batch, &mut sums, key, &row)?;
+        sums.release(rows::ENTRY_BYTES);
+        sums.totals.blobs = sums.totals.blobs.saturating_sub(1);
+        self.commit(ledger, batch, sums)?;
         ledger.doomed.extend(file);
         Ok(true)
     }
@@ -150,12 +219,12 @@ impl Engine {
         if row.references == 0 {
             self.remove_blob(&mut ledger, key)?;
         } else {
-            let mut totals = ledger.totals;
+            let mut sums = ledger.sums_of(key)?;
             let mut batch = self.database.batch();
-            let file = doom_data(&mut batch, &mut totals, key, &row)?;
+            let file = doom_data(&mut batch, &mut sums, key, &row)?;
             row.home = BlobHome::Lost;
             batch.put_row(Family::Blobs, key, &row)?;
-            self.commit(&mut ledger, batch, totals)?;
+            self.commit(&mut ledger, batch, sums)?;
             ledger.doomed.extend(file);
         }
         self.remove_files(&mut ledger)
@@ -188,7 +257,7 @@ impl Engine {
                 }
             }
         }
-        self.commit(ledger, batch, totals).inspect_err(|_| ledger.stuck.extend(gone))
+        self.commit_totals(ledger, batch, totals).inspect_err(|_| ledger.stuck.extend(gone))
     }
 
     /// Tries again what [`Self::remove_files`] could not remove.
@@ -214,20 +283,21 @@ impl Engine {
 /// Deletes a blob's data with the batch: inline data at once, a file by dooming it.
 pub(super) fn doom_data(
     batch: &mut Batch<'_>,
-    totals: &mut Totals,
+    sums: &mut Sums,
     key: &[u8],
     row: &BlobRow,
 ) -> Result<Option<DoomedFile>, StoreError> {
     match row.home {
         BlobHome::Inline => {
             batch.delete(Family::BlobData, key)?;
-            totals.stored_bytes = totals.stored_bytes.saturating_sub(rows::row_bytes(row.stored_bytes));
+            sums.release(rows::row_bytes(row.stored_bytes));
             Ok(None)
         }
         BlobHome::File(number) => {
             let name = DataDirectory::blob_name(key, number)?;
             let counted_bytes = rows::file_bytes(row.stored_bytes);
             batch.put_row(Family::Doomed, name.as_bytes(), &DoomedRow { counted_bytes })?;
+            sums.doom(counted_bytes);
             Ok(Some(DoomedFile { name, counted_bytes }))
         }
         BlobHome::Lost => Ok(None),

@@ -8,11 +8,13 @@
 //!                  <digest>-<number, 16 hex digits>-<namespace>
 //!                  zstd frames, as they were uploaded or recompressed
 //!   staging/       uploads that are not verified yet; emptied at start
-//!   tokens/        one file per token (see tokens.rs)
+//!   tokens/        one file per token (see tokens.rs), and the key of sessions
+//!   quarantine/    the last few files that were found damaged
+//!   control        socket for commands to the running server (see control.rs)
 //! ```
 //!
-//! Contract: a backup is `db` and `blobs` of a stopped server. Everything else about the layout may change
-//! with the format version, which a server of another version refuses.
+//! Contract: a backup is a data directory (see backup.rs), as is a copy of a stopped server's. Everything else about the
+//! layout may change with the format version: older ones are brought to the present one, later ones are refused.
 //!
 //! A file's number is new for every upload, so that removing an evicted blob's file can never hit the file of
 //! the same blob uploaded again.
@@ -31,35 +33,47 @@
 //! the request that made it is gone.
 
 mod access;
+mod ages;
+mod background;
+mod backup;
 mod database;
 mod eviction;
 mod ledger;
+mod migration;
 mod recompress;
 mod results;
 mod rows;
+mod scrub;
+mod shares;
 mod upload;
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use cachec_protocol::digest::DIGEST_BYTES;
 use cachec_protocol::message::Manifest;
 use cachec_protocol::{ActionKey, Digest};
 
+pub use self::background::Background;
+pub use self::backup::BackupReport;
 use self::database::{Database, Family, is_absent};
 use self::ledger::Ledger;
 use self::recompress::Fresh;
-pub use self::recompress::Recompression;
-use self::rows::{BlobHome, Entry};
+use self::rows::{BlobHome, BlobRow, Entry};
+pub use self::scrub::ScrubReport;
+use self::shares::Shares;
 use super::{
     BlobLengths, BlobSource, BlobUpload, OpenBlob, Publication, PutOutcome, Store, StoreError, StoreFuture,
     StoreStats,
 };
 use crate::namespace::Namespace;
+use crate::policy::Policy;
 
 /// How a store is opened.
 #[derive(Debug, Clone)]
@@ -70,6 +84,8 @@ pub struct EmbeddedOptions {
     pub max_size_bytes: u64,
     /// Most content bytes of one blob.
     pub max_blob_bytes: u64,
+    /// How much each namespace keeps, and for how long.
+    pub policy: Arc<Policy>,
 }
 
 /// The part of the size that is kept aside for RocksDB's log, memory tables and compactions.
@@ -89,12 +105,15 @@ struct Engine {
     directory: DataDirectory,
     limit_bytes: u64,
     max_blob_bytes: u64,
+    policy: Arc<Policy>,
     ledger: Mutex<Ledger>,
     /// Accesses that wait for being applied, each with its sequence number.
     touches: Mutex<Vec<(Entry, u64)>>,
     /// The last sequence number that was given.
     sequence: AtomicU64,
     fresh: Mutex<Fresh>,
+    /// Until when time has passed for the ages of entries.
+    last_minute: Mutex<Instant>,
 }
 
 /// The paths of a data directory.
@@ -103,6 +122,7 @@ struct DataDirectory {
     root: PathBuf,
     staging: PathBuf,
     blobs: PathBuf,
+    quarantine: PathBuf,
 }
 
 impl Embedded {
@@ -116,29 +136,33 @@ impl Embedded {
         let database = Database::open(directory.root.join("db"), working_bytes)?;
         // Only now it is certain that no other server uses the directory.
         directory.empty_staging().map_err(StoreError::Write)?;
-        let ledger = Ledger { totals: database.totals()?, ..Ledger::default() };
+        let (totals, shares) = (database.totals()?, read_shares(&database)?);
+        let ledger = Ledger { totals, shares, ..Ledger::default() };
         let engine = Engine {
             database,
             directory,
             limit_bytes: options.max_size_bytes.saturating_sub(working_bytes),
             max_blob_bytes: options.max_blob_bytes,
+            policy: Arc::clone(&options.policy),
             sequence: AtomicU64::new(ledger.totals.sequence),
             ledger: Mutex::new(ledger),
             touches: Mutex::new(Vec::new()),
             fresh: Mutex::default(),
+            last_minute: Mutex::new(Instant::now()),
         };
         engine.finish_removals()?;
-        // The limit may have been lowered.
-        engine.make_room(&mut engine.ledger(), 0)?;
+        // The limits may have been lowered.
+        engine.keep_limits(&mut engine.ledger())?;
         Ok(Self { engine: Arc::new(engine) })
     }
 
-    /// What is to be done about once a second: recovery from failed writes, access times, removals that failed,
-    /// the sync.
+    /// What is to be done about once a second: recovery from failed writes, access times, entries that are too old,
+    /// removals that failed, the sync.
     pub fn maintain(&self) -> StoreFuture<'_, ()> {
         self.run(|engine| {
             engine.recover()?;
             engine.apply_touches(&mut engine.ledger())?;
+            engine.advance()?;
             engine.retry_removals()?;
             engine.database.sync()
         })
@@ -157,8 +181,26 @@ impl Embedded {
     ///
     /// # Errors
     /// Where no thread can be started.
-    pub fn recompress(&self, level: i32) -> io::Result<Recompression> {
-        Recompression::start(Arc::clone(&self.engine), level)
+    pub fn recompress(&self, level: i32) -> io::Result<Background> {
+        recompress::start(Arc::clone(&self.engine), level)
+    }
+
+    /// Starts to read and check all blobs once in an interval, until what is returned is dropped.
+    ///
+    /// # Errors
+    /// Where no thread can be started.
+    pub fn scrub_every(&self, interval: Duration) -> io::Result<Background> {
+        scrub::start(Arc::clone(&self.engine), interval)
+    }
+
+    /// Checks everything at once: blobs, files, the account. For a store that nobody else uses.
+    pub fn scrub(&self) -> StoreFuture<'_, ScrubReport> {
+        self.run(|engine| engine.scrub_all())
+    }
+
+    /// Makes a backup under a name that does not exist yet.
+    pub fn back_up(&self, to: PathBuf) -> StoreFuture<'_, BackupReport> {
+        self.run(move |engine| engine.back_up(&to))
     }
 
     fn run<T, F>(&self, work: F) -> StoreFuture<'_, T>
@@ -236,17 +278,7 @@ impl Engine {
     fn open_blob(&self, key: &[u8]) -> Result<Option<OpenBlob>, StoreError> {
         loop {
             let Some(row) = self.blob_row(key)? else { return Ok(None) };
-            let source = match row.home {
-                BlobHome::Inline => self
-                    .database
-                    .get(Family::BlobData, key)?
-                    .map(|data| BlobSource::Memory(Bytes::from(data))),
-                BlobHome::File(number) => {
-                    self.directory.open_blob(key, number, row.stored_bytes)?.map(BlobSource::File)
-                }
-                BlobHome::Lost => None,
-            };
-            if let Some(source) = source {
+            if let Some(source) = self.source(key, &row)? {
                 self.touch([Entry::blob(key)]);
                 return Ok(Some(OpenBlob { stored_bytes: row.stored_bytes, source }));
             }
@@ -255,6 +287,20 @@ impl Engine {
                 self.mark_lost(key, &row)?;
             }
         }
+    }
+
+    /// Where a blob's frames are; `None` where they are missing, or of another length than its row says.
+    fn source(&self, key: &[u8], row: &BlobRow) -> Result<Option<BlobSource>, StoreError> {
+        Ok(match row.home {
+            BlobHome::Inline => {
+                let data = self.database.get(Family::BlobData, key)?;
+                data.map(|data| BlobSource::Memory(Bytes::from(data)))
+            }
+            BlobHome::File(number) => {
+                self.directory.open_blob(key, number, row.stored_bytes)?.map(BlobSource::File)
+            }
+            BlobHome::Lost => None,
+        })
     }
 
     /// Opens the database again where it failed to write, as soon as the disk has room.
@@ -268,6 +314,9 @@ impl Engine {
         self.database.reopen()?;
         // What failed may have been written after all.
         ledger.totals = self.database.totals()?;
+        let mut shares = read_shares(&self.database)?;
+        shares.take_reserved(&ledger.shares);
+        ledger.shares = shares;
         Ok(())
     }
 
@@ -285,16 +334,41 @@ impl Engine {
             waiting_blobs: self.fresh().keys.len() as u64,
             recompressed_blobs: ledger.recompressed_blobs,
             saved_bytes: ledger.saved_bytes,
+            scrubbed_blobs: ledger.scrubbed_blobs,
+            damaged_blobs: ledger.damaged_blobs,
+            namespace_bytes: self.bytes_by_label(&ledger),
             database,
         }
     }
+
+    /// What is stored, by the patterns of the policy.
+    fn bytes_by_label(&self, ledger: &Ledger) -> BTreeMap<String, u64> {
+        let mut sums = BTreeMap::new();
+        for (namespace, share) in ledger.shares.iter() {
+            *sums.entry(self.policy.label(namespace)).or_default() += share.stored_bytes;
+        }
+        sums
+    }
+}
+
+fn read_shares(database: &Database) -> Result<Shares, StoreError> {
+    let rows = database.all(Family::Namespaces)?;
+    let share = |(name, row): (Box<[u8]>, Box<[u8]>)| {
+        Ok((rows::key_namespace(&name)?, rows::decode(&row, "namespaces")?))
+    };
+    Ok(Shares::new(rows.into_iter().map(share).collect::<Result<Vec<_>, StoreError>>()?))
 }
 
 impl DataDirectory {
     fn create(root: &Path) -> io::Result<Self> {
-        let directory =
-            Self { root: root.to_owned(), staging: root.join("staging"), blobs: root.join("blobs") };
+        let directory = Self {
+            root: root.to_owned(),
+            staging: root.join("staging"),
+            blobs: root.join("blobs"),
+            quarantine: root.join("quarantine"),
+        };
         fs::create_dir_all(&directory.staging)?;
+        fs::create_dir_all(&directory.quarantine)?;
         for first in 0..=u8::MAX {
             fs::create_dir_all(directory.blobs.join(format!("{first:02x}")))?;
         }

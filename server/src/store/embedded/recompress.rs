@@ -13,14 +13,13 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use cachec_protocol::pack::{self, Decompressor, Length};
 
 use super::Engine;
+use super::background::{Background, End};
 use super::database::Family;
 use super::eviction::doom_data;
 use super::ledger::Ledger;
@@ -51,45 +50,22 @@ pub(super) struct Fresh {
 }
 
 impl Fresh {
-    fn is_growing(&self) -> bool {
+    pub(super) fn is_growing(&self) -> bool {
         self.last_upload.is_some_and(|last| last.elapsed() < QUIET)
     }
 }
 
-/// The thread; stopped and waited for when dropped.
-#[derive(Debug)]
-pub struct Recompression {
-    is_over: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Recompression {
-    pub(super) fn start(engine: Arc<Engine>, level: i32) -> io::Result<Self> {
-        let is_over = Arc::new(AtomicBool::new(false));
-        let is_over_there = Arc::clone(&is_over);
-        let thread = thread::Builder::new().name("recompression".to_owned()).spawn(move || {
-            // Of this thread alone, as Linux counts it.
-            let _ = rustix::process::nice(19);
-            Worker { engine, level, is_over: is_over_there, walked: Some(Vec::new()) }.run();
-        })?;
-        Ok(Self { is_over, thread: Some(thread) })
-    }
-}
-
-impl Drop for Recompression {
-    fn drop(&mut self) {
-        self.is_over.store(true, Ordering::Relaxed);
-        if let Some(thread) = self.thread.take() {
-            thread.thread().unpark();
-            let _ = thread.join();
-        }
-    }
+/// Starts to compress again.
+pub(super) fn start(engine: Arc<Engine>, level: i32) -> io::Result<Background> {
+    Background::start("recompression", move |end| {
+        Worker { engine, level, end, walked: Some(Vec::new()) }.run();
+    })
 }
 
 struct Worker {
     engine: Arc<Engine>,
     level: i32,
-    is_over: Arc<AtomicBool>,
+    end: End,
     /// How far the walk over all blobs is; `None` at its end.
     walked: Option<Vec<u8>>,
 }
@@ -104,15 +80,15 @@ enum Outcome {
 
 impl Worker {
     fn run(mut self) {
-        while !self.is_over.load(Ordering::Relaxed) {
-            if self.engine.ledger().reserved_bytes > 0 || self.engine.fresh().is_growing() {
-                thread::park_timeout(REST);
+        while !self.end.has_come() {
+            if self.engine.is_busy() {
+                self.end.rest(REST);
                 continue;
             }
             let outcome = match self.next() {
                 Ok(Some(key)) => self.recompress(&key).map(|()| self.done()),
                 Ok(None) => {
-                    thread::park_timeout(REST);
+                    self.end.rest(REST);
                     Ok(())
                 }
                 Err(error) => Err(error),
@@ -120,14 +96,14 @@ impl Worker {
             if let Err(error) = outcome {
                 tracing::warn!(%error, "a blob stays as it was uploaded");
                 self.done();
-                thread::park_timeout(REST_AFTER_FAILURE);
+                self.end.rest(REST_AFTER_FAILURE);
             }
         }
     }
 
     /// Takes the blob that waited longest off the list, unless it was one of the walk's.
     fn done(&self) {
-        if self.walked.is_none() && !self.is_over.load(Ordering::Relaxed) {
+        if self.walked.is_none() && !self.end.has_come() {
             self.engine.fresh().keys.pop_front();
         }
     }
@@ -152,13 +128,12 @@ impl Worker {
         };
         let BlobHome::File(number) = row.home else { return Ok(()) };
         let Some(file) = engine.directory.open_blob(key, number, row.stored_bytes)? else { return Ok(()) };
-        let mut staged = Staged::new(engine, None)?;
+        let mut staged = Staged::new(engine, rows::key_namespace(key)?, None)?;
         match self.compress(key, &row, file, &mut staged)? {
             Outcome::Interrupted => Ok(()),
             Outcome::Damaged => {
-                tracing::error!(?row, "a blob is damaged; it counts as absent from now on");
                 drop(staged);
-                engine.mark_lost(key, &row)
+                engine.quarantine(key, &row)
             }
             Outcome::NotSmaller => {
                 drop(staged);
@@ -197,7 +172,7 @@ impl Worker {
         let mut encoder = pack::compressor(&mut output, length, self.level).map_err(StoreError::Write)?;
         let mut buffer = vec![0; STEP_BYTES];
         let written = loop {
-            if self.is_over.load(Ordering::Relaxed) {
+            if self.end.has_come() {
                 return Ok(Outcome::Interrupted);
             }
             match content.read(&mut buffer) {
@@ -284,14 +259,14 @@ impl Engine {
         let Some(present) = self.database.get_row::<BlobRow>(Family::Blobs, key)? else {
             return Ok(PutOutcome::Existed);
         };
-        let mut totals = ledger.totals;
+        let mut sums = ledger.sums_of(key)?;
         let mut batch = self.database.batch();
-        let old_file = doom_data(&mut batch, &mut totals, key, &present)?;
+        let old_file = doom_data(&mut batch, &mut sums, key, &present)?;
         put_data(&mut batch, key, &new, staged)?;
         let row = BlobRow { references: present.references, sequence: present.sequence, ..new };
         batch.put_row(Family::Blobs, key, &row)?;
-        totals.stored_bytes = totals.stored_bytes.saturating_add(row.data_bytes());
-        self.commit(ledger, batch, totals)?;
+        sums.charge(row.data_bytes());
+        self.commit(ledger, batch, sums)?;
         staged.reservation.spend(ledger);
         ledger.doomed.extend(old_file);
         Ok(PutOutcome::Created)
@@ -304,6 +279,6 @@ impl Engine {
         let mut batch = self.database.batch();
         batch.put_row(Family::Blobs, key, &BlobRow { level: Some(level), ..present })?;
         let totals = ledger.totals;
-        self.commit(&mut ledger, batch, totals)
+        self.commit_totals(&mut ledger, batch, totals)
     }
 }

@@ -28,7 +28,7 @@ impl Engine {
         // The room that the result needs must not be made by evicting its pack.
         self.touch(publication.pack.map(|pack| Entry::blob(rows::sibling_key(&key, pack.as_bytes()))));
         let data_bytes = (publication.encoded.len() + publication.action_fields.len()) as u64;
-        let mut reservation = self.reservation();
+        let mut reservation = self.reservation(publication.namespace.clone());
         reservation.ensure(rows::row_bytes(data_bytes) + rows::ENTRY_BYTES)?;
         let mut ledger = self.ledger();
         let row = ResultRow {
@@ -64,13 +64,14 @@ impl Engine {
         }
         let manifest_key = rows::sibling_key(key, row.action_key.as_bytes());
         self.shorten_manifest(ledger, &manifest_key)?;
-        let mut totals = ledger.totals;
+        let mut sums = ledger.sums(&publication.namespace);
         row.sequence = self.next_sequence();
         let mut batch = self.database.batch();
         if let Some(pack_key) = pack_key {
             let mut blob = self.blob_row(&pack_key)?.ok_or(StoreError::PackMissing)?;
             if blob.references == 0 {
-                batch.delete(Family::Lru, &Entry::blob(pack_key.as_slice()).lru_key(blob.sequence))?;
+                batch
+                    .delete(Family::Recency, &Entry::blob(pack_key.as_slice()).recency_key(blob.sequence)?)?;
             }
             blob.references += 1;
             batch.put_row(Family::Blobs, &pack_key, &blob)?;
@@ -83,10 +84,11 @@ impl Engine {
             batch.put(Family::ActionFields, key, &publication.action_fields)?;
         }
         batch.put_row(Family::ResultRows, key, &row)?;
-        batch.put(Family::Lru, &Entry::result(key).lru_key(row.sequence), &[])?;
-        totals.results += 1;
-        totals.stored_bytes = totals.stored_bytes.saturating_add(row.charge_bytes);
-        self.commit(ledger, batch, totals)?;
+        batch.put(Family::Recency, &Entry::result(key).recency_key(row.sequence)?, &[])?;
+        sums.totals.results += 1;
+        sums.charge(row.charge_bytes);
+        ledger.shares.note_listed(&sums.namespace, row.sequence);
+        self.commit(ledger, batch, sums)?;
         Ok(PutOutcome::Created)
     }
 

@@ -4,19 +4,23 @@
 //! |---|---|---|
 //! | `default` | `format` | version, one byte |
 //! | `default` | `totals` | [`Totals`] |
+//! | `default` | `scrub` | [`ScrubRow`] |
 //! | `blobs` | namespace, NUL, digest | [`BlobRow`] |
 //! | `blob_data` | namespace, NUL, digest | a small blob's zstd frames |
 //! | `manifests` | namespace, NUL, action key | result keys, 32 bytes each, newest first |
 //! | `results` | namespace, NUL, result key | the encoded `StoredResult`, as it was published |
 //! | `result_rows` | namespace, NUL, result key | [`ResultRow`] |
 //! | `action_fields` | namespace, NUL, result key | compressed fields of the action key, for `explain` |
-//! | `lru` | sequence u64 big-endian, kind, the entry's key | nothing |
+//! | `recency` | namespace, NUL, sequence u64 big-endian, kind, digest or result key | nothing |
+//! | `namespaces` | namespace | [`NamespaceRow`] |
+//! | `ages` | hour u32 big-endian, in time that the server has run | [`HourRow`] |
 //! | `doomed` | name of a blob file | [`DoomedRow`] |
 //!
 //! Values are CBOR maps with integer keys, so that later versions may add fields.
 //!
-//! Every key that belongs to a tenant starts with its namespace. The `lru` family has one order over all
-//! namespaces, and names the namespace in the entry's key.
+//! Every key that belongs to a tenant starts with its namespace.
+//!
+//! Format 1 had no `namespaces` and no `ages`, and one order over all namespaces; see `migration.rs`.
 
 use cachec_protocol::codec::{self, Message};
 use cachec_protocol::digest::DIGEST_BYTES;
@@ -27,7 +31,7 @@ use crate::namespace::Namespace;
 use crate::store::StoreError;
 
 /// Version of everything described here.
-pub(super) const FORMAT_VERSION: u8 = 1;
+pub(super) const FORMAT_VERSION: u8 = 2;
 
 /// Blobs of up to this many compressed bytes are kept in the database.
 pub(super) const INLINE_BYTES: u64 = 16 << 10;
@@ -55,6 +59,13 @@ pub(super) fn sibling_key(key: &[u8], digest: &[u8; DIGEST_BYTES]) -> Vec<u8> {
     sibling.truncate(tail);
     sibling.extend_from_slice(digest);
     sibling
+}
+
+/// The namespace that a row's key starts with.
+pub(super) fn key_namespace(key: &[u8]) -> Result<Namespace, StoreError> {
+    let name = key.split(|byte| *byte == 0).next().unwrap_or_default();
+    let name = std::str::from_utf8(name).ok().and_then(|name| name.parse().ok());
+    name.ok_or(StoreError::DamagedRow("key"))
 }
 
 /// The 32 bytes at the end of a row's key.
@@ -87,7 +98,7 @@ pub(super) struct BlobRow {
     pub(super) stored_bytes: u64,
     #[n(2)]
     pub(super) home: BlobHome,
-    /// How many results need it. It has an `lru` row exactly while there are none.
+    /// How many results need it. It has a `recency` row exactly while there are none.
     #[n(3)]
     pub(super) references: u64,
     /// When it was last used.
@@ -122,7 +133,7 @@ pub(super) struct ResultRow {
     pub(super) action_key: ActionKey,
     #[n(1)]
     pub(super) pack: Option<Digest>,
-    /// When it was last used; it has an `lru` row there.
+    /// When it was last used; it has a `recency` row there.
     #[n(2)]
     pub(super) sequence: u64,
     /// What it is counted as.
@@ -154,9 +165,45 @@ pub(super) struct Totals {
     /// The last sequence number given to an access or a file.
     #[n(3)]
     pub(super) sequence: u64,
-    /// No `lru` row is below. Searching from here passes over no deleted row twice.
-    #[n(4)]
-    pub(super) lru_floor: u64,
+    /// For how long the server has run, all its processes together, in minutes.
+    #[cbor(n(5), default)]
+    pub(super) age_minutes: u64,
+}
+
+/// What a namespace has of the store; there is none where it has nothing.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub(super) struct NamespaceRow {
+    /// What its entries are counted as.
+    #[n(0)]
+    pub(super) stored_bytes: u64,
+    /// None of its `recency` rows is below. Searching from here passes over no deleted row twice.
+    #[n(1)]
+    pub(super) floor: u64,
+}
+
+/// How far scrubbing is.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub(super) struct ScrubRow {
+    /// Blobs before this key were checked.
+    #[cbor(n(0), with = "minicbor::bytes")]
+    pub(super) next: Vec<u8>,
+    /// When it began, in the age of the store.
+    #[n(1)]
+    pub(super) began_minutes: u64,
+    /// Whether all were checked.
+    #[n(2)]
+    pub(super) is_over: bool,
+}
+
+/// What was when an hour began.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub(super) struct HourRow {
+    /// The last sequence number that was given before.
+    #[n(0)]
+    pub(super) sequence: u64,
 }
 
 macro_rules! small_row {
@@ -166,7 +213,7 @@ macro_rules! small_row {
         })*
     };
 }
-small_row!(BlobRow, ResultRow, DoomedRow, Totals);
+small_row!(BlobRow, ResultRow, DoomedRow, Totals, NamespaceRow, HourRow, ScrubRow);
 
 /// Decodes a row.
 pub(super) fn decode<'b, T: Message + Decode<'b, ()>>(
@@ -194,7 +241,7 @@ pub(super) const fn upload_bytes(length: u64) -> u64 {
     data.saturating_add(ENTRY_BYTES)
 }
 
-/// Which kind of entry an `lru` row is about.
+/// Which kind of entry a `recency` row is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum EntryKind {
     Blob,
@@ -217,29 +264,35 @@ impl Entry {
         Self { kind: EntryKind::Result, key: key.into() }
     }
 
-    /// The key of its `lru` row at that sequence number.
-    pub(super) fn lru_key(&self, sequence: u64) -> Vec<u8> {
-        let mut key = Vec::with_capacity(9 + self.key.len());
-        key.extend_from_slice(&sequence.to_be_bytes());
-        key.push(match self.kind {
+    /// The key of its `recency` row at that sequence number.
+    pub(super) fn recency_key(&self, sequence: u64) -> Result<Vec<u8>, StoreError> {
+        let (namespace, digest) =
+            self.key.split_last_chunk::<DIGEST_BYTES>().ok_or(StoreError::DamagedRow("key"))?;
+        let kind = match self.kind {
             EntryKind::Blob => 1,
             EntryKind::Result => 2,
-        });
-        key.extend_from_slice(&self.key);
-        key
+        };
+        Ok([namespace, &sequence.to_be_bytes(), &[kind], digest].concat())
     }
 
-    /// Reads the key of an `lru` row.
-    pub(super) fn from_lru_key(bytes: &[u8]) -> Result<(u64, Self), StoreError> {
-        let (sequence, rest) = bytes.split_first_chunk::<8>().ok_or(StoreError::DamagedRow("lru"))?;
-        let (kind, key) = rest.split_first().ok_or(StoreError::DamagedRow("lru"))?;
+    /// Reads the key of a `recency` row.
+    pub(super) fn from_recency_key(bytes: &[u8]) -> Result<(u64, Self), StoreError> {
+        const DAMAGED: StoreError = StoreError::DamagedRow("recency");
+        let (rest, digest) = bytes.split_last_chunk::<DIGEST_BYTES>().ok_or(DAMAGED)?;
+        let (kind, rest) = rest.split_last().ok_or(DAMAGED)?;
+        let (namespace, sequence) = rest.split_last_chunk::<8>().ok_or(DAMAGED)?;
         let kind = match kind {
             1 => EntryKind::Blob,
             2 => EntryKind::Result,
-            _ => return Err(StoreError::DamagedRow("lru")),
+            _ => return Err(DAMAGED),
         };
-        Ok((u64::from_be_bytes(*sequence), Self { kind, key: key.to_vec() }))
+        Ok((u64::from_be_bytes(*sequence), Self { kind, key: [namespace, digest].concat() }))
     }
+}
+
+/// What the keys of all `recency` rows of a namespace begin with, from a sequence number on.
+pub(super) fn recency_from(namespace: &Namespace, sequence: u64) -> Vec<u8> {
+    [namespace.as_str().as_bytes(), &[0], &sequence.to_be_bytes()].concat()
 }
 
 #[cfg(test)]
@@ -247,7 +300,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rows_of_version_one_keep_their_bytes() {
+    fn rows_keep_their_bytes_and_those_of_version_one_are_read() {
         let row = BlobRow {
             content_bytes: 5,
             stored_bytes: 4,
@@ -258,17 +311,23 @@ mod tests {
         };
         assert_eq!(codec::encode(&row), [0xa5, 0, 5, 1, 4, 2, 0x82, 1, 0x81, 3, 3, 2, 4, 1]);
         assert_eq!(decode::<BlobRow>(&codec::encode(&row), "blob").unwrap(), row);
-        let totals = Totals { stored_bytes: 1, blobs: 2, results: 3, sequence: 4, lru_floor: 5 };
-        assert_eq!(codec::encode(&totals), [0xa5, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5]);
+        let totals = Totals { stored_bytes: 1, blobs: 2, results: 3, sequence: 4, age_minutes: 0 };
+        assert_eq!(decode::<Totals>(&[0xa5, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5], "totals").unwrap(), totals);
+        assert_eq!(codec::encode(&totals), [0xa5, 0, 1, 1, 2, 2, 3, 3, 4, 5, 0]);
     }
 
     #[test]
-    fn lru_keys_sort_by_sequence_and_round_trip() {
-        let entry = Entry::result(row_key(&"team".parse().unwrap(), &[7; 32]));
-        assert_eq!(Entry::from_lru_key(&entry.lru_key(300)).unwrap(), (300, entry.clone()));
-        assert!(entry.lru_key(255) < entry.lru_key(256));
-        assert!(Entry::from_lru_key(b"short").is_err());
-        assert!(Entry::from_lru_key(&[9; 40]).is_err());
+    fn recency_keys_sort_by_sequence_within_a_namespace_and_round_trip() {
+        let entry = |name: &str| Entry::result(row_key(&name.parse().unwrap(), &[7; 32]));
+        let (team, other) = (entry("team"), entry("team-2"));
+        let key = team.recency_key(300).unwrap();
+        assert_eq!(Entry::from_recency_key(&key).unwrap(), (300, team.clone()));
+        assert!(team.recency_key(255).unwrap() < team.recency_key(256).unwrap());
+        let (before, namespace) = (recency_from(&"team".parse().unwrap(), 300), key_namespace(&key).unwrap());
+        assert!(key.starts_with(&before) && !other.recency_key(300).unwrap().starts_with(&before));
+        assert_eq!(namespace.as_str(), "team");
+        assert!(Entry::from_recency_key(b"short").is_err());
+        assert!(Entry::from_recency_key(&[9; 60]).is_err());
     }
 
     #[test]

@@ -21,6 +21,7 @@ use super::database::{Batch, Family};
 use super::ledger::{Ledger, Reservation};
 use super::rows::{self, BlobHome, BlobRow, DoomedRow, Entry, INLINE_BYTES};
 use super::{DataDirectory, Engine};
+use crate::namespace::Namespace;
 use crate::store::{BlobUpload, PutOutcome, StoreError};
 
 /// A body of unannounced length reserves this much at a time.
@@ -36,7 +37,7 @@ impl Engine {
             self.touch([Entry::blob(key)]);
             return Ok(PutOutcome::Existed);
         }
-        let mut staged = Staged::new(self, upload.stored_bytes)?;
+        let mut staged = Staged::new(self, upload.namespace, upload.stored_bytes)?;
         let (digest, content_bytes) = verify(upload.body, &mut staged, self.max_blob_bytes)?;
         if upload.stored_bytes.is_some_and(|announced| announced != staged.length) {
             return Err(StoreError::LengthMismatch);
@@ -113,25 +114,26 @@ impl Engine {
         staged: &mut Staged,
     ) -> Result<PutOutcome, StoreError> {
         let present = self.database.get_row::<BlobRow>(Family::Blobs, key)?;
-        let mut totals = ledger.totals;
+        let mut sums = ledger.sums_of(key)?;
         row.sequence = self.next_sequence();
         let mut batch = self.database.batch();
         match present {
             Some(present) if present.home != BlobHome::Lost => return Ok(PutOutcome::Existed),
             Some(lost) => {
                 row.references = lost.references;
-                totals.stored_bytes = totals.stored_bytes.saturating_sub(lost.charge_bytes());
-                batch.delete(Family::Lru, &Entry::blob(key).lru_key(lost.sequence))?;
+                sums.release(lost.charge_bytes());
+                batch.delete(Family::Recency, &Entry::blob(key).recency_key(lost.sequence)?)?;
             }
-            None => totals.blobs += 1,
+            None => sums.totals.blobs += 1,
         }
         if row.references == 0 {
-            batch.put(Family::Lru, &Entry::blob(key).lru_key(row.sequence), &[])?;
+            batch.put(Family::Recency, &Entry::blob(key).recency_key(row.sequence)?, &[])?;
+            ledger.shares.note_listed(&sums.namespace, row.sequence);
         }
         put_data(&mut batch, key, &row, staged)?;
         batch.put_row(Family::Blobs, key, &row)?;
-        totals.stored_bytes = totals.stored_bytes.saturating_add(row.charge_bytes());
-        self.commit(ledger, batch, totals)?;
+        sums.charge(row.charge_bytes());
+        self.commit(ledger, batch, sums)?;
         staged.reservation.spend(ledger);
         Ok(PutOutcome::Created)
     }
@@ -224,12 +226,16 @@ struct StagedFile {
 }
 
 impl Staged {
-    pub(super) fn new(engine: &Arc<Engine>, announced_bytes: Option<u64>) -> Result<Self, StoreError> {
+    pub(super) fn new(
+        engine: &Arc<Engine>,
+        namespace: Namespace,
+        announced_bytes: Option<u64>,
+    ) -> Result<Self, StoreError> {
         let limit_bytes = most_stored_bytes(engine.max_blob_bytes);
         if announced_bytes.is_some_and(|length| length > limit_bytes) {
             return Err(StoreError::TooLarge { limit_bytes: engine.max_blob_bytes });
         }
-        let mut reservation = engine.reservation();
+        let mut reservation = engine.reservation(namespace);
         reservation.ensure(rows::upload_bytes(announced_bytes.unwrap_or_default()))?;
         let number = engine.next_sequence();
         let path = engine.directory.staging.join(format!("{number:016x}"));
