@@ -1,5 +1,7 @@
 //! The circuit breaker: after repeated failures nobody waits for the server any more.
 //!
+//! A server that says when to come back is not asked before (HTTP's `Retry-After`), and has not failed.
+//!
 //! It stays open for the agent's life, and through a file for [`BREAKER_TTL`] in agents started later
 //! (each Dockerfile `RUN` step and each test run may start its own).
 
@@ -7,7 +9,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Failures in a row that open it.
 const FAILURE_LIMIT: u32 = 3;
@@ -21,6 +23,7 @@ pub(crate) struct Breaker {
     file: PathBuf,
     failures: AtomicU32,
     reason: Mutex<Option<String>>,
+    paused_until: Mutex<Option<Instant>>,
 }
 
 impl Breaker {
@@ -30,12 +33,18 @@ impl Breaker {
             .and_then(|metadata| metadata.modified())
             .is_ok_and(|modified| modified.elapsed().is_ok_and(|age| age < BREAKER_TTL));
         let reason = if recent { fs::read_to_string(&file).ok() } else { None };
-        Self { file, failures: AtomicU32::new(0), reason: Mutex::new(reason) }
+        Self { file, failures: AtomicU32::new(0), reason: Mutex::new(reason), paused_until: Mutex::default() }
     }
 
     /// Whether nobody should ask.
     pub(crate) fn is_open(&self) -> bool {
-        self.reason().is_some()
+        let paused_until = *self.paused_until.lock().unwrap_or_else(PoisonError::into_inner);
+        self.reason().is_some() || paused_until.is_some_and(|until| Instant::now() < until)
+    }
+
+    /// Has nobody ask for some time.
+    pub(crate) fn pause(&self, time: Duration) {
+        *self.paused_until.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now() + time);
     }
 
     /// Why it is open.
@@ -69,6 +78,16 @@ impl Breaker {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_pause_ends_and_is_no_failure() {
+        let directory = tempfile::tempdir().unwrap();
+        let breaker = Breaker::new(directory.path().join("breaker"));
+        breaker.pause(Duration::from_secs(60));
+        assert!(breaker.is_open() && breaker.reason().is_none());
+        breaker.pause(Duration::ZERO);
+        assert!(!breaker.is_open());
+    }
 
     #[test]
     fn three_failures_in_a_row_open_it_and_later_agents_see_that() {

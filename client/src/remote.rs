@@ -21,7 +21,7 @@ use cachec_protocol::message::{
 };
 use cachec_protocol::{ActionKey, Digest, StoredResult, decode, encode};
 use futures_util::{Stream, StreamExt};
-use reqwest::header::{CONTENT_LENGTH, CONTENT_TYPE};
+use reqwest::header::{CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER};
 use reqwest::{Body, Method, Response, StatusCode};
 
 use crate::batch::Batch;
@@ -36,6 +36,10 @@ const STALL_TIMEOUT: Duration = Duration::from_secs(2);
 /// An upload may take this long, and a second more for each [`UPLOAD_BYTES_PER_SECOND`].
 const UPLOAD_TIMEOUT: Duration = Duration::from_secs(10);
 const UPLOAD_BYTES_PER_SECOND: u64 = 100_000;
+/// How often an upload is tried where the server is busy.
+const UPLOAD_ATTEMPTS: u32 = 5;
+/// Longest that a server may ask to be left alone before that counts as a failure.
+const LONGEST_RETRY: Duration = Duration::from_secs(30);
 /// Most that one request asks about.
 const MAX_BATCH: usize = 256;
 /// Time that reads may cost before they have saved any.
@@ -61,6 +65,8 @@ pub(crate) enum RemoteError {
     Absent,
     #[error("HTTP {status}: {message}")]
     Refused { status: u16, message: String },
+    #[error("it is busy, and asks to be left alone for {} s", .0.as_secs())]
+    Busy(Duration),
     #[error("its answer is malformed: {0}")]
     Malformed(String),
 }
@@ -69,7 +75,7 @@ impl RemoteError {
     /// Whether the server is in trouble, rather than this one request.
     fn is_failure(&self) -> bool {
         match self {
-            Self::BreakerOpen | Self::Absent => false,
+            Self::BreakerOpen | Self::Absent | Self::Busy(_) => false,
             Self::Refused { status, .. } => *status >= 500,
             _ => true,
         }
@@ -248,13 +254,13 @@ impl Remote {
     /// # Errors
     /// See [`RemoteError`]; the result is not uploaded.
     async fn missing(&self, digests: Vec<Digest>) -> Result<Vec<Digest>, RemoteError> {
-        let body = encode(&BlobList { digests });
-        let outcome = within(LOOKUP_TIMEOUT, async {
-            let response = self.call(&self.writes, Call::post("blobs/missing", body)).await?;
+        let body = Bytes::from(encode(&BlobList { digests }));
+        let ask = || async {
+            let response = self.call(&self.writes, Call::post("blobs/missing", body.clone())).await?;
             let bytes = self.read_whole(response, BlobList::LIMIT_BYTES).await?;
             decode::<BlobList>(&bytes).map_err(|error| RemoteError::Malformed(error.to_string()))
-        })
-        .await;
+        };
+        let outcome = patiently(|| within(LOOKUP_TIMEOUT, ask())).await;
         Ok(self.settle(&self.writes, outcome)?.digests)
     }
 
@@ -284,11 +290,14 @@ impl Remote {
     /// # Errors
     /// See [`RemoteError`]; the result is not stored.
     pub(crate) async fn publish(&self, request: &PublishRequest) -> Result<(), RemoteError> {
-        let body = encode(request);
+        let body = Bytes::from(encode(request));
         let size_bytes = Some(body.len() as u64);
         let path = format!("results/{}", request.result.result_key());
-        self.put(Call { method: Method::PUT, path: &path, media_type: CBOR, body: body.into(), size_bytes })
-            .await
+        patiently(|| {
+            let body = body.clone().into();
+            self.put(Call { method: Method::PUT, path: &path, media_type: CBOR, body, size_bytes })
+        })
+        .await
     }
 
     async fn put(&self, call: Call<'_>) -> Result<(), RemoteError> {
@@ -327,6 +336,8 @@ impl Remote {
     fn settle<T>(&self, breaker: &Breaker, outcome: Result<T, RemoteError>) -> Result<T, RemoteError> {
         match &outcome {
             Ok(_) => breaker.succeeded(),
+            // Uploads wait and try again, each by itself.
+            Err(RemoteError::Busy(time)) if std::ptr::eq(breaker, &self.reads) => breaker.pause(*time),
             Err(error) if error.is_failure() => {
                 let reason = format!("{}: {error}", self.base);
                 if error.is_final() {
@@ -406,9 +417,25 @@ struct Call<'a> {
 }
 
 impl<'a> Call<'a> {
-    fn post(path: &'a str, body: Vec<u8>) -> Self {
+    fn post(path: &'a str, body: impl Into<Body>) -> Self {
         Self { method: Method::POST, path, media_type: CBOR, body: body.into(), size_bytes: None }
     }
+}
+
+/// Calls again where the server is busy, when it said to. For uploads: a read that waits is worse than a miss.
+///
+/// # Errors
+/// Those of the call; [`RemoteError::Busy`] where the server stays so.
+pub(crate) async fn patiently<T, F: Future<Output = Result<T, RemoteError>>>(
+    mut call: impl FnMut() -> F,
+) -> Result<T, RemoteError> {
+    for _ in 1..UPLOAD_ATTEMPTS {
+        match call().await {
+            Err(RemoteError::Busy(time)) => tokio::time::sleep(time).await,
+            outcome => return outcome,
+        }
+    }
+    call().await
 }
 
 async fn within<T>(
@@ -436,10 +463,21 @@ async fn check(response: Response) -> Result<Response, RemoteError> {
 }
 
 async fn refusal(response: Response) -> RemoteError {
+    if let Some(time) = retry_after(&response) {
+        return RemoteError::Busy(time);
+    }
     let status = response.status().as_u16();
     let body = response.bytes().await.ok().and_then(|bytes| decode::<ErrorBody>(&bytes).ok());
     let message = body.map_or_else(|| "no reason given".to_owned(), |body| body.message);
     RemoteError::Refused { status, message }
+}
+
+/// When a server that has too much to do wants to be asked again; what says another day is no help.
+fn retry_after(response: &Response) -> Option<Duration> {
+    let is_busy =
+        [StatusCode::TOO_MANY_REQUESTS, StatusCode::SERVICE_UNAVAILABLE].contains(&response.status());
+    let seconds = response.headers().get(RETRY_AFTER)?.to_str().ok()?.parse().ok()?;
+    Some(Duration::from_secs(seconds)).filter(|time| is_busy && *time <= LONGEST_RETRY)
 }
 
 /// The innermost cause, which is what a person can act on; without the URL, which is said already.
@@ -462,6 +500,53 @@ mod tests {
             "path_mode": "portable", "lazy": false, "extra_variables": [], "log": "warn", "network_variables": [],
         });
         Remote::new(&serde_json::from_value(config).unwrap(), "http://127.0.0.1:1", "test").unwrap()
+    }
+
+    /// A server that gives these answers, one after the other, and counts what it was asked.
+    fn answering(answers: &'static [&'static str]) -> (String, std::thread::JoinHandle<usize>) {
+        use std::io::{Read, Write};
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let served = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut asked = 0;
+            for answer in answers {
+                if stream.read(&mut [0; 64 << 10]).unwrap() == 0 {
+                    break;
+                }
+                asked += 1;
+                let head = "cachec-protocol: 1\r\ncontent-length: 0\r\n\r\n";
+                write!(stream, "HTTP/1.1 {answer}\r\n{head}").unwrap();
+            }
+            asked
+        });
+        (url, served)
+    }
+
+    #[tokio::test]
+    async fn a_busy_server_is_left_alone_for_as_long_as_it_says() {
+        let directory = tempfile::tempdir().unwrap();
+        let (url, served) = answering(&[
+            "503 Service Unavailable\r\nretry-after: 0",
+            "429 Too Many Requests\r\nretry-after: 0",
+            "201 Created",
+            "503 Service Unavailable\r\nretry-after: 3600",
+            "503 Service Unavailable\r\nretry-after: 20",
+        ]);
+        let remote = Remote { base: format!("{url}/v1/default"), ..remote(directory.path()) };
+        remote.use_http1.store(true, Ordering::Relaxed);
+        let digest = Digest::of(b"");
+        // An upload is tried again; it is no failure.
+        patiently(|| remote.put_blob(&digest, Body::from("x"), 1)).await.unwrap();
+        assert!(remote.complaint().is_none());
+        // What is too long to wait for is a failure.
+        let refused = patiently(|| remote.put_blob(&digest, Body::from("x"), 1)).await;
+        assert!(matches!(refused, Err(RemoteError::Refused { status: 503, .. })), "{refused:?}");
+        // A read does not wait, and the next one does not ask.
+        assert!(matches!(remote.lookup(vec![]).await, Err(RemoteError::Busy(_))));
+        assert!(matches!(remote.lookup(vec![]).await, Err(RemoteError::BreakerOpen)));
+        drop(remote);
+        assert_eq!(served.join().unwrap(), 5);
     }
 
     fn ago(milliseconds: u64) -> Instant {

@@ -143,7 +143,7 @@ impl Service {
         })
     }
 
-    fn token(&self, changes: Value, key: &EncodingKey) -> String {
+    fn token(&self, changes: &Value, key: &EncodingKey) -> String {
         let mut claims = self.claims();
         for (name, value) in changes.as_object().unwrap() {
             claims[name] = value.clone();
@@ -191,8 +191,8 @@ async fn a_job_gets_a_session_for_what_it_can_prove() {
     let issuer = service.issuer();
     let server = TestServer::start_with(64 * MIB, |options| options.identities = vec![issuer]).await;
     let refused = || Err((401, "unauthorized".to_owned()));
-    let token = |changes: Value| service.token(changes, &service.key);
-    let pull_request = token(json!({}));
+    let token = |changes: &Value| service.token(changes, &service.key);
+    let pull_request = token(&json!({}));
     let blob = Blob::noise(1, 1000);
     let put = async |bearer: &str, namespace: &str| {
         let url = server.url(&format!("/v1/{namespace}/blobs/{}", blob.digest));
@@ -210,7 +210,7 @@ async fn a_job_gets_a_session_for_what_it_can_prove() {
     );
     let reader = session(&server, "main", &pull_request).await.unwrap();
     assert_eq!(put(&reader, "main").await, 403);
-    let of_main = session(&server, "main", &token(json!({ "ref": "refs/heads/main" }))).await.unwrap();
+    let of_main = session(&server, "main", &token(&json!({ "ref": "refs/heads/main" }))).await.unwrap();
     assert_eq!(put(&of_main, "main").await, 201);
     assert_eq!(session(&server, "pr-8", &pull_request).await, refused());
     assert_eq!(session(&server, "other", &pull_request).await, refused());
@@ -224,7 +224,7 @@ async fn a_job_gets_a_session_for_what_it_can_prove() {
         json!({ "exp": past }),
         json!({ "nbf": past + 7200 }),
     ] {
-        assert_eq!(session(&server, "pr-7", &token(changes.clone())).await, refused(), "{changes}");
+        assert_eq!(session(&server, "pr-7", &token(&changes)).await, refused(), "{changes}");
     }
     for forged in forgeries(&service, &pull_request) {
         assert_eq!(session(&server, "pr-7", &forged).await, refused(), "{forged}");
@@ -234,14 +234,14 @@ async fn a_job_gets_a_session_for_what_it_can_prove() {
 /// Tokens that nobody signed, or somebody else.
 fn forgeries(service: &Service, good: &str) -> Vec<String> {
     let parts: Vec<&str> = good.split('.').collect();
-    let evil = service.token(json!({ "ref": "refs/pull/7/merge", "evil": true }), &service.other_key);
+    let evil = service.token(&json!({ "ref": "refs/pull/7/merge", "evil": true }), &service.other_key);
     let evil_claims = evil.split('.').nth(1).unwrap();
     let mut unknown_key = Header::new(Algorithm::RS256);
     unknown_key.kid = Some("two".to_owned());
     let unsigned = Header { kid: Some("one".to_owned()), ..Header::new(Algorithm::HS256) };
     let public = "one".as_bytes();
     vec![
-        service.token(json!({}), &service.other_key),
+        service.token(&json!({}), &service.other_key),
         format!("{}.{evil_claims}.{}", parts[0], parts[2]),
         format!("{}.{}.", parts[0], parts[1]),
         // {"alg":"none","kid":"one"}
@@ -260,7 +260,7 @@ async fn an_issuer_that_is_not_there_is_said_to_be() {
     issuer.jwks_url = Some("http://127.0.0.1:1/keys".to_owned());
     let server = TestServer::start_with(64 * MIB, |options| options.identities = vec![issuer]).await;
     for _ in 0..2 {
-        let answer = session(&server, "pr-7", &service.token(json!({}), &service.key)).await;
+        let answer = session(&server, "pr-7", &service.token(&json!({}), &service.key)).await;
         assert_eq!(answer, Err((503, "issuer_unreachable".to_owned())));
     }
 }

@@ -3,7 +3,7 @@
 //! A job owns its open outputs and its gate. Memory is bounded: [`super::PACKING_TASKS`] jobs read and
 //! compress at a time, and a pack waits for its upload in a file where it is large.
 
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{Seek, SeekFrom};
 use std::sync::Arc;
 
 use cachec_protocol::message::PublishRequest;
@@ -19,8 +19,11 @@ use super::record::{self, OpenOutputs, Recorded, Stores};
 use super::{Agent, Counted};
 use crate::inputs::NotStorable;
 use crate::ipc::Finished;
-use crate::remote::{Remote, RemoteError};
+use crate::remote::{Remote, RemoteError, patiently};
 use crate::unit::Unit;
+
+/// Bytes of a pack that are read at a time.
+const READ_BYTES: usize = 256 << 10;
 
 /// More jobs than this wait only where compiling is faster than packing; then a result is forgotten.
 const MAX_PENDING: usize = 256;
@@ -170,16 +173,23 @@ async fn put_missing_pack(
     }
     let unreadable = |error: std::io::Error| RemoteError::Unreachable(format!("the spooled pack: {error}"));
     let size_bytes = spool.seek(SeekFrom::End(0)).map_err(unreadable)?;
-    spool.seek(SeekFrom::Start(0)).map_err(unreadable)?;
-    let body = match spool.into_inner() {
-        SpooledData::InMemory(mut content) => {
-            let mut bytes = Vec::new();
-            content.read_to_end(&mut bytes).map_err(unreadable)?;
-            Body::from(bytes)
-        }
+    let pack = spool.into_inner();
+    patiently(|| async {
+        let body = body_of(&pack).map_err(unreadable)?;
+        remote.put_blob(digest, body, size_bytes).await
+    })
+    .await
+}
+
+/// A pack from its beginning.
+fn body_of(pack: &SpooledData) -> std::io::Result<Body> {
+    match pack {
+        SpooledData::InMemory(content) => Ok(Body::from(content.get_ref().clone())),
         SpooledData::OnDisk(file) => {
-            Body::wrap_stream(ReaderStream::with_capacity(tokio::fs::File::from_std(file), 256 << 10))
+            let mut file = file.try_clone()?;
+            file.seek(SeekFrom::Start(0))?;
+            let file = tokio::fs::File::from_std(file);
+            Ok(Body::wrap_stream(ReaderStream::with_capacity(file, READ_BYTES)))
         }
-    };
-    remote.put_blob(digest, body, size_bytes).await
+    }
 }
