@@ -1,7 +1,10 @@
 //! What is measured: names, units, labels. Everything is in one registry of its own.
 //!
+//! Memory, descriptors and processor time are there too (`process_…`).
+//!
 //! Labels have few values: routes are patterns, statuses are classes, codes are those of [`crate::error`].
 
+use prometheus::process_collector::ProcessCollector;
 use prometheus::{
     Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
     Registry, TextEncoder,
@@ -54,6 +57,7 @@ impl Metrics {
     /// Two metrics of one name, which a test rules out.
     pub fn new() -> prometheus::Result<Self> {
         let registry = Registry::new();
+        registry.register(Box::new(ProcessCollector::for_self()))?;
         let counter = |name: &str, help: &str| registered(&registry, IntCounter::new(name, help)?);
         let counters = |name: &str, help: &str, labels: &[&str]| {
             registered(&registry, IntCounterVec::new(Opts::new(name, help), labels)?)
@@ -143,6 +147,7 @@ fn store_registry(stats: &StoreStats) -> prometheus::Result<Registry> {
         ("reserved_bytes", stats.reserved_bytes),
         ("recompression_waiting_blobs", stats.waiting_blobs),
         ("limit_bytes", stats.limit_bytes),
+        ("disk_free_bytes", stats.disk_free_bytes),
         ("stored_blobs", stats.blobs),
         ("stored_results", stats.results),
     ];

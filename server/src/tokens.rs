@@ -20,7 +20,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -148,6 +148,7 @@ impl Tokens {
     pub fn open(data: &Path) -> io::Result<Self> {
         let directory = data.join("tokens");
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&directory)?;
+        give_to_owner_of(data, &directory);
         Ok(Self { directory, seen: AtomicBool::new(false) })
     }
 
@@ -272,8 +273,17 @@ impl Tokens {
             OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
         file.write_all(text.as_bytes())?;
         file.sync_all()?;
+        give_to_owner_of(&self.directory, &temporary);
         fs::rename(&temporary, self.directory.join(&record.id))?;
         File::open(&self.directory)?.sync_all()
+    }
+}
+
+/// What root creates, as an administrator may, the server's own user must be able to read. Fails for anybody else, who
+/// has nothing to give.
+fn give_to_owner_of(directory: &Path, path: &Path) {
+    if let Ok(owner) = fs::metadata(directory) {
+        let _ = std::os::unix::fs::chown(path, Some(owner.uid()), Some(owner.gid()));
     }
 }
 
@@ -367,6 +377,22 @@ mod tests {
         assert!(!stored.contains(&token[PREFIX.len()..]));
         let listed = format!("{:?}", tokens.list().unwrap());
         assert!(listed.contains(&id) && !listed.contains(&blake3::hash(token.as_bytes()).to_string()));
+    }
+
+    #[test]
+    fn what_root_creates_belongs_to_the_servers_user() {
+        let data = tempfile::tempdir().unwrap();
+        let owner = if rustix::process::geteuid().is_root() {
+            12_345
+        } else {
+            fs::metadata(data.path()).unwrap().uid()
+        };
+        let _ = std::os::unix::fs::chown(data.path(), Some(owner), None);
+        let tokens = Tokens::open(data.path()).unwrap();
+        let (_, id) = create(&tokens, "team", "read", None);
+        for path in [tokens.directory().to_owned(), tokens.directory().join(id)] {
+            assert_eq!(fs::metadata(path).unwrap().uid(), owner);
+        }
     }
 
     #[test]

@@ -189,6 +189,8 @@ pub struct StoreStats {
     pub reserved_bytes: u64,
     /// Most bytes that both together may be.
     pub limit_bytes: u64,
+    /// Bytes that the file system has left.
+    pub disk_free_bytes: u64,
     /// Number of blobs.
     pub blobs: u64,
     /// Number of results.

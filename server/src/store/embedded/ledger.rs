@@ -137,11 +137,15 @@ impl Engine {
         Reservation { engine: Arc::clone(self), namespace, bytes: 0 }
     }
 
-    pub(super) fn check_disk(&self, growth_bytes: u64) -> Result<(), StoreError> {
+    /// What the file system has left for this process's user.
+    pub(super) fn disk_free_bytes(&self) -> Result<u64, StoreError> {
         let disk =
             rustix::fs::statvfs(&self.directory.root).map_err(|error| StoreError::Write(error.into()))?;
-        let free_bytes = disk.f_bavail.saturating_mul(disk.f_frsize);
-        if free_bytes < growth_bytes.saturating_add(DISK_HEAD_ROOM_BYTES) {
+        Ok(disk.f_bavail.saturating_mul(disk.f_frsize))
+    }
+
+    pub(super) fn check_disk(&self, growth_bytes: u64) -> Result<(), StoreError> {
+        if self.disk_free_bytes()? < growth_bytes.saturating_add(DISK_HEAD_ROOM_BYTES) {
             return Err(StoreError::Full { needed_bytes: growth_bytes });
         }
         Ok(())

@@ -322,11 +322,13 @@ impl Engine {
 
     fn stats(&self) -> StoreStats {
         let database = self.database.figures();
+        let disk_free_bytes = self.disk_free_bytes().unwrap_or_default();
         let ledger = self.ledger();
         StoreStats {
             stored_bytes: ledger.totals.stored_bytes,
             reserved_bytes: ledger.reserved_bytes,
             limit_bytes: self.limit_bytes,
+            disk_free_bytes,
             blobs: ledger.totals.blobs,
             results: ledger.totals.results,
             evicted_entries: ledger.evicted_entries,
