@@ -22,6 +22,25 @@ use tempfile::TempDir;
 
 pub(crate) const MIB: u64 = 1 << 20;
 
+/// How many rounds a campaign has: few, unless a variable says more. `bench/campaigns.sh` does.
+pub(crate) fn rounds(variable: &str, few: u64) -> u64 {
+    std::env::var(variable).map_or(few, |text| text.parse().expect(variable))
+}
+
+/// Flips one bit of a file, or cuts it off there.
+pub(crate) fn harm(path: &Path, place: u64, cut: bool) {
+    let mut bytes = std::fs::read(path).unwrap();
+    let at = (place % bytes.len() as u64) as usize;
+    if cut {
+        bytes.truncate(at);
+    } else {
+        bytes[at] ^= 1 << (place % 8);
+    }
+    // Another file, where the old one has more names.
+    std::fs::remove_file(path).unwrap();
+    std::fs::write(path, bytes).unwrap();
+}
+
 /// Bytes that do not compress, others for each seed.
 pub(crate) fn noise(seed: u64, length: usize) -> Vec<u8> {
     let mut bytes = vec![0; length];
