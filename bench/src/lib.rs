@@ -11,6 +11,7 @@ pub mod crates;
 pub mod demo;
 pub mod differential;
 pub mod line;
+pub mod load;
 pub mod machine;
 pub mod programs;
 pub mod project;

@@ -23,6 +23,8 @@ enum Command {
     },
     /// Builds a program through cachec and its peers, on this machine and in fresh containers far from their server
     Compare(compare::Options),
+    /// Loads a server beside nginx with the same bytes, and measures lookups at a steady rate
+    Load(cachec_bench::load::Options),
     /// Compares restored builds of real programs with plain ones, byte for byte
     Differential {
         /// Programs as name@version; a list of twelve where none is named
@@ -41,6 +43,7 @@ fn main() -> anyhow::Result<ExitCode> {
     match Cli::parse().command {
         Command::Demo { plain } => cachec_bench::demo::run(plain),
         Command::Compare(options) => compare::run(&options),
+        Command::Load(options) => cachec_bench::load::run(&options),
         Command::Differential { programs, command } => cachec_bench::differential::run(&programs, &command),
     }?;
     Ok(ExitCode::SUCCESS)

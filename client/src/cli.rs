@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::Write;
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
@@ -14,9 +14,11 @@ use crate::connect::{Address, CONFIG_VARIABLE, Program, SOCKET_VARIABLE};
 use crate::doctor;
 use crate::ipc::{self, Control, Request, Response};
 use crate::report;
+use crate::signature::Signer;
 
 /// The first words that are commands; anything else is a compiler.
-const COMMANDS: [&str; 7] = ["agent", "doctor", "flush", "help", "serve-leftover", "stats", "stop"];
+const COMMANDS: [&str; 8] =
+    ["agent", "doctor", "flush", "help", "new-key", "serve-leftover", "stats", "stop"];
 
 /// A compile cache: set RUSTC_WRAPPER=cachec and build.
 #[derive(Debug, Parser)]
@@ -40,6 +42,12 @@ enum Command {
     Flush,
     /// Waits until every result is stored, and ends the agent
     Stop,
+    /// Makes a key that signs what this machine publishes (CACHEC_SIGN_KEY_FILE), and prints the one for those who
+    /// trust it (CACHEC_TRUSTED_KEYS)
+    NewKey {
+        /// The key's file, which must not exist
+        file: PathBuf,
+    },
     /// Runs the agent; wrappers start it by themselves
     #[command(hide = true)]
     Agent,
@@ -60,6 +68,7 @@ pub(crate) fn run() -> ExitCode {
         Command::Doctor => return if doctor::run() { ExitCode::SUCCESS } else { ExitCode::FAILURE },
         Command::Flush => ask_running(Control::Flush).map(drop),
         Command::Stop => stop(),
+        Command::NewKey { file } => new_key(&file),
         Command::Agent => agent(),
         Command::ServeLeftover => serve_leftover(),
     };
@@ -86,6 +95,12 @@ fn stats(json: bool) -> anyhow::Result<()> {
     let shown = if json { format!("{text}\n") } else { report::to_text(&text)? };
     // A reader that has seen enough is no error.
     let _ = std::io::stdout().write_all(shown.as_bytes());
+    Ok(())
+}
+
+fn new_key(file: &Path) -> anyhow::Result<()> {
+    let signer = Signer::create(file).with_context(|| format!("cannot write {}", file.display()))?;
+    writeln!(std::io::stdout(), "{}", signer.public())?;
     Ok(())
 }
 

@@ -12,6 +12,8 @@ use std::str::FromStr;
 use bytesize::ByteSize;
 use serde::{Deserialize, Serialize};
 
+use crate::signature::{InvalidKey, Signer, TrustedKey};
+
 /// Where Docker puts a build secret of that name.
 const DEFAULT_TOKEN_FILE: &str = "/run/secrets/cachec_token";
 const DEFAULT_DIRECTORY_SIZE: ByteSize = ByteSize::gib(10);
@@ -79,6 +81,8 @@ struct RawConfig {
     paths: Option<String>,
     lazy: Option<Switch>,
     env: Option<Vec<String>>,
+    sign_key_file: Option<PathBuf>,
+    trusted_keys: Option<Vec<String>>,
     log: Option<String>,
 }
 
@@ -123,6 +127,12 @@ pub(crate) struct Config {
     pub(crate) lazy: bool,
     /// More variables for the action key, sorted.
     pub(crate) extra_variables: Vec<String>,
+    /// The key that signs what is published.
+    #[serde(default)]
+    pub(crate) sign_key_file: Option<PathBuf>,
+    /// Whose results are restored from the server; none: anybody's.
+    #[serde(default)]
+    pub(crate) trusted_keys: Vec<TrustedKey>,
     /// Filter for the agent's log, in the syntax of `tracing`'s `EnvFilter`.
     pub(crate) log: String,
     /// Variables that TLS and proxy set-up read, for the agent; they do not name it.
@@ -229,6 +239,8 @@ impl RawConfig {
             paths: surroundings.text("CACHEC_PATHS"),
             lazy: surroundings.text("CACHEC_LAZY").map(Switch::Text),
             env: surroundings.text("CACHEC_ENV").map(list),
+            sign_key_file: path("CACHEC_SIGN_KEY_FILE"),
+            trusted_keys: surroundings.text("CACHEC_TRUSTED_KEYS").map(list),
             log: surroundings.text("CACHEC_LOG"),
         }
     }
@@ -258,6 +270,8 @@ impl RawConfig {
             paths: self.paths.or(other.paths),
             lazy: self.lazy.or(other.lazy),
             env: self.env.or(other.env),
+            sign_key_file: self.sign_key_file.or(other.sign_key_file),
+            trusted_keys: self.trusted_keys.or(other.trusted_keys),
             log: self.log.or(other.log),
         }
     }
@@ -287,6 +301,13 @@ impl RawConfig {
         if url.is_none() && directory.is_none() && mode != Mode::Off {
             return Err(ConfigError::NothingToUse);
         }
+        if let Some(file) = &self.sign_key_file {
+            Signer::read(file).map_err(|cause| ConfigError::File {
+                file: file.display().to_string(),
+                message: cause.to_string(),
+            })?;
+        }
+        let trusted_keys = self.trusted_keys.unwrap_or_default();
         let mut extra_variables = self.env.unwrap_or_default();
         extra_variables.sort_unstable();
         Ok(Config {
@@ -300,6 +321,14 @@ impl RawConfig {
             path_mode,
             lazy: self.lazy.map_or(Ok(false), |lazy| lazy.is_on("CACHEC_LAZY"))?,
             extra_variables,
+            sign_key_file: self.sign_key_file,
+            trusted_keys: trusted_keys
+                .iter()
+                .map(|key| {
+                    key.parse()
+                        .map_err(|error: InvalidKey| invalid("CACHEC_TRUSTED_KEYS", key, &error.to_string()))
+                })
+                .collect::<Result<_, _>>()?,
             in_container: surroundings.in_container,
             log: self.log.unwrap_or_else(|| "warn".to_owned()),
             network_variables: NETWORK_VARIABLES

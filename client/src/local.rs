@@ -305,6 +305,7 @@ mod tests {
             stderr: vec![],
             compile_ms: 1,
             pack: Some(Pack { digest }),
+            signature: None,
         };
         tier.keep_result(&PublishRequest { result: result.clone(), action_fields: vec![] }).unwrap();
         result

@@ -30,6 +30,7 @@ mod process;
 mod remote;
 mod report;
 mod script;
+mod signature;
 mod streams;
 mod tls;
 mod toolchain;

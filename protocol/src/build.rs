@@ -91,6 +91,7 @@ impl BuildRecord {
             stderr: Vec::new(),
             compile_ms: 0,
             pack: None,
+            signature: None,
         }
     }
 

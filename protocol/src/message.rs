@@ -193,6 +193,7 @@ mod tests {
             stderr: vec![],
             compile_ms: 1,
             pack: None,
+            signature: None,
         };
         let foreign = StoredResult { action_key: ActionKey::from_bytes([2; 32]), ..result.clone() };
         let results = vec![b"garbage".to_vec().into(), encode(&foreign).into(), encode(&result).into()];

@@ -3,7 +3,7 @@
 use minicbor::bytes::ByteVec;
 use minicbor::{Decode, Encode};
 
-use crate::codec::{DecodeError, Message};
+use crate::codec::{self, DecodeError, Message};
 use crate::digest::{ActionKey, Digest, ResultKey};
 use crate::input::InputSet;
 
@@ -102,13 +102,45 @@ pub struct StoredResult {
     /// Where the outputs' bytes are; `None` exactly where there are none but inline.
     #[n(6)]
     pub pack: Option<Pack>,
+    /// Who vouches for it, if anybody does.
+    #[n(7)]
+    pub signature: Option<Signature>,
 }
 
+/// A writer's Ed25519 signature of all else in a result, and so, through digests, of every byte that it restores.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct Signature {
+    /// The writer's public key.
+    #[cbor(n(0), with = "minicbor::bytes")]
+    pub key: [u8; 32],
+    /// Of [`StoredResult::signed_bytes`].
+    #[cbor(n(1), with = "minicbor::bytes")]
+    pub bytes: [u8; 64],
+}
+
+/// What signed bytes begin with, so that a signature is good for nothing else.
+const SIGNED_CONTEXT: &[u8] = b"cachec result 1\0";
+
+/// For the key of a signed result.
+const SIGNED_KEY_CONTEXT: &str = "cachec 2026-11 result key of a signed result";
+
 impl StoredResult {
-    /// The key this result is stored under.
+    /// The key this result is stored under. The same result of another writer who signs is another one: the first of a
+    /// key stays, and must not keep out one that more readers accept.
     #[must_use]
     pub fn result_key(&self) -> ResultKey {
-        self.input_set.result_key(&self.action_key)
+        let key = self.input_set.result_key(&self.action_key);
+        let Some(signature) = &self.signature else { return key };
+        let mut hasher = blake3::Hasher::new_derive_key(SIGNED_KEY_CONTEXT);
+        hasher.update(key.as_bytes()).update(&signature.key);
+        ResultKey::from_bytes(*hasher.finalize().as_bytes())
+    }
+
+    /// What a signature is of: everything but itself.
+    #[must_use]
+    pub fn signed_bytes(&self) -> Vec<u8> {
+        [SIGNED_CONTEXT, &codec::encode(&Self { signature: None, ..self.clone() })].concat()
     }
 
     /// The outputs whose bytes are in the pack, in its order.
@@ -187,6 +219,7 @@ mod tests {
             stderr: b"warning".to_vec(),
             compile_ms: 12,
             pack: (!names.is_empty()).then_some(Pack { digest: Digest::of(b"pack") }),
+            signature: None,
         }
     }
 
@@ -194,6 +227,20 @@ mod tests {
     fn a_result_round_trips() {
         let result = result(&["libdemo.rmeta", "libdemo.rlib", "sub/demo.dwo"]);
         assert_eq!(decode::<StoredResult>(&encode(&result)).unwrap(), result);
+    }
+
+    #[test]
+    fn a_signed_result_has_a_key_of_its_own() {
+        let unsigned = result(&["libdemo.rlib"]);
+        let signed = |signer: u8, bytes: u8| StoredResult {
+            signature: Some(Signature { key: [signer; 32], bytes: [bytes; 64] }),
+            ..unsigned.clone()
+        };
+        assert_eq!(decode::<StoredResult>(&encode(&signed(1, 2))).unwrap(), signed(1, 2));
+        assert_eq!(signed(1, 2).signed_bytes(), unsigned.signed_bytes());
+        assert_eq!(signed(1, 2).result_key(), signed(1, 3).result_key());
+        assert_ne!(signed(1, 2).result_key(), unsigned.result_key());
+        assert_ne!(signed(1, 2).result_key(), signed(2, 2).result_key());
     }
 
     #[test]

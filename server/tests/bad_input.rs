@@ -12,7 +12,6 @@ mod harness;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::time::Duration;
-use tokio::io::AsyncWriteExt;
 
 use cachec_protocol::message::{BlobList, ErrorBody, LookupRequest, MAX_LIST_ENTRIES, PROTOCOL_HEADER};
 use cachec_protocol::pack::{MAX_WINDOW_LOG, compress};

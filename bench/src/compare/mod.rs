@@ -45,6 +45,9 @@ pub struct Options {
     /// Leave out the local stores of those that have servers
     #[arg(long)]
     pub remote_only: bool,
+    /// Longest that a filled server is waited for until it has compressed everything again, in minutes
+    #[arg(long, default_value_t = 30)]
+    pub settle_minutes: u64,
     /// Builds from nothing of each kind; the order of the arms alternates
     #[arg(long, default_value_t = 1)]
     pub rounds: usize,
@@ -153,7 +156,7 @@ fn remote(rig: &Rig, options: &Options, report: &mut Report) -> anyhow::Result<(
         full = Some(server);
     }
     let Some(server) = full else { return Ok(()) };
-    server.settle()?;
+    server.settle(Duration::from_secs(60 * options.settle_minutes))?;
     for line in &options.lines {
         for _ in 0..options.repeats {
             rig.forget()?;

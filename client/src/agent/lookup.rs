@@ -14,6 +14,7 @@ use super::restore::{self, Restored};
 use super::{Agent, deferral};
 use crate::inputs::{self, Files};
 use crate::remote::Remote;
+use crate::signature;
 use crate::unit::Unit;
 
 /// A download may take this long, or twice the compile that it saves.
@@ -87,6 +88,8 @@ async fn find_remotely(
         Some(results) => results,
         None => remote.results(unit.action_key).await?,
     };
+    let trusted = &agent.config.trusted_keys;
+    let results = results.into_iter().filter(|result| signature::is_accepted(result, trusted)).collect();
     let result = {
         let (agent, unit, build) = (Arc::clone(agent), Arc::clone(unit), build.cloned());
         blocking(move || matching(&agent, &unit, results, build.as_deref())).await?

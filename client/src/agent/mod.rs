@@ -36,6 +36,7 @@ use crate::config::{Config, Mode};
 use crate::local::LocalTier;
 use crate::memo::Memo;
 use crate::remote::Remote;
+use crate::signature::Signer;
 use crate::toolchain::Toolchains;
 use crate::unit::{Task, Unit};
 use gates::Gates;
@@ -66,6 +67,8 @@ pub(crate) struct Agent {
     /// Jobs that are not stored everywhere yet.
     pending: watch::Sender<usize>,
     packing: Semaphore,
+    /// Signs what is published, if anything does.
+    signer: Option<Signer>,
     /// Lines for the user that no wrapper has printed yet, and those that were printed.
     notices: Mutex<(Vec<String>, BTreeSet<String>)>,
     /// Where the statistics stay when the agent has ended.
@@ -83,6 +86,10 @@ impl Agent {
         let remote = config.url.as_ref().and_then(|url| {
             Remote::new(&config, url, name).map_err(|error| notices.push(format!("no server: {error}"))).ok()
         });
+        let signer = config.sign_key_file.as_ref().and_then(|file| {
+            let read = Signer::read(file);
+            read.map_err(|error| notices.push(format!("nothing is signed: {}: {error}", file.display()))).ok()
+        });
         let memo = Memo::default();
         if let Some(tier) = &local {
             memo.load(&tier.memo_file());
@@ -99,6 +106,7 @@ impl Agent {
             active: watch::Sender::new(0),
             pending: watch::Sender::new(0),
             packing: Semaphore::new(PACKING_TASKS),
+            signer,
             notices: Mutex::default(),
             last_report,
             config,

@@ -94,7 +94,7 @@ async fn store(agent: &Agent, unit: &Unit, recorded: Recorded, build: Option<&Bu
     let is_whole = recorded.pack.is_some() || recorded.publish.result.pack.is_none();
     let Some(remote) = agent.writable_remote().filter(|_| is_whole) else { return };
     let result = recorded.publish.result.clone();
-    match upload(remote, recorded).await {
+    match upload(agent, remote, recorded).await {
         Ok(()) => {
             agent.statistics_of(unit).uploaded += 1;
             if let Some(build) = build {
@@ -156,9 +156,12 @@ async fn upload_bundle(
     Ok(Some((outputs, pack)))
 }
 
-async fn upload(remote: &Remote, recorded: Recorded) -> Result<(), RemoteError> {
+async fn upload(agent: &Agent, remote: &Remote, mut recorded: Recorded) -> Result<(), RemoteError> {
     if let (Some(pack), Some(spool)) = (recorded.publish.result.pack, recorded.pack) {
         put_missing_pack(remote, &pack.digest, spool).await?;
+    }
+    if let Some(signer) = &agent.signer {
+        signer.sign(&mut recorded.publish.result);
     }
     remote.publish(&recorded.publish).await
 }

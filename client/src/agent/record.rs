@@ -206,6 +206,7 @@ pub(crate) fn record(
         stderr,
         compile_ms: finished.compile_ms,
         pack: has_pack.then_some(Pack { digest: packed.digest }),
+        signature: None,
     };
     // What a reader would refuse.
     result.check().map_err(|_| NotStorable::LargeResult)?;

@@ -100,6 +100,7 @@ mod tests {
             stderr: vec![],
             compile_ms: 7,
             pack: None,
+            signature: None,
         };
         let mut encoded = encode(&result);
         // One more field: 99, with value 5.

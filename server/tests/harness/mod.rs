@@ -30,7 +30,7 @@ pub(crate) fn rounds(variable: &str, few: u64) -> u64 {
 /// Flips one bit of a file, or cuts it off there.
 pub(crate) fn harm(path: &Path, place: u64, cut: bool) {
     let mut bytes = std::fs::read(path).unwrap();
-    let at = (place % bytes.len() as u64) as usize;
+    let at = usize::try_from(place).unwrap() % bytes.len();
     if cut {
         bytes.truncate(at);
     } else {
@@ -90,6 +90,7 @@ pub(crate) fn result(action: u8, variant: u64, pack: Option<Digest>) -> StoredRe
         stderr: b"warning: unused".to_vec(),
         compile_ms: variant,
         pack: pack.map(|digest| Pack { digest }),
+        signature: None,
     }
 }
 
