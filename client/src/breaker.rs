@@ -42,6 +42,14 @@ impl Breaker {
         self.reason().is_some() || paused_until.is_some_and(|until| Instant::now() < until)
     }
 
+    /// Waits until a pause is over.
+    pub(crate) async fn resumed(&self) {
+        let paused_until = *self.paused_until.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(until) = paused_until {
+            tokio::time::sleep_until(until.into()).await;
+        }
+    }
+
     /// Has nobody ask for some time.
     pub(crate) fn pause(&self, time: Duration) {
         *self.paused_until.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now() + time);

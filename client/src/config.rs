@@ -301,11 +301,17 @@ impl RawConfig {
         if url.is_none() && directory.is_none() && mode != Mode::Off {
             return Err(ConfigError::NothingToUse);
         }
+        if let Some(file) = self.sign_key_file.as_ref().filter(|file| !file.is_absolute()) {
+            return Err(invalid("CACHEC_SIGN_KEY_FILE", &file.to_string_lossy(), "use an absolute path"));
+        }
         if let Some(file) = &self.sign_key_file {
             Signer::read(file).map_err(|cause| ConfigError::File {
                 file: file.display().to_string(),
                 message: cause.to_string(),
             })?;
+        }
+        if self.trusted_keys.as_ref().is_some_and(Vec::is_empty) {
+            return Err(invalid("CACHEC_TRUSTED_KEYS", "", "name at least one key, or do not set it"));
         }
         let trusted_keys = self.trusted_keys.unwrap_or_default();
         let mut extra_variables = self.env.unwrap_or_default();

@@ -36,10 +36,8 @@ const STALL_TIMEOUT: Duration = Duration::from_secs(2);
 /// An upload may take this long, and a second more for each [`UPLOAD_BYTES_PER_SECOND`].
 const UPLOAD_TIMEOUT: Duration = Duration::from_secs(10);
 const UPLOAD_BYTES_PER_SECOND: u64 = 100_000;
-/// How often an upload is tried where the server is busy.
-const UPLOAD_ATTEMPTS: u32 = 5;
-/// Longest that a server may ask to be left alone before that counts as a failure.
-const LONGEST_RETRY: Duration = Duration::from_secs(30);
+/// How long an upload waits for a busy server, in all; one that asks for more has failed.
+const UPLOAD_PATIENCE: Duration = Duration::from_secs(10);
 /// Most that one request asks about.
 const MAX_BATCH: usize = 256;
 /// Time that reads may cost before they have saved any.
@@ -260,7 +258,7 @@ impl Remote {
             let bytes = self.read_whole(response, BlobList::LIMIT_BYTES).await?;
             decode::<BlobList>(&bytes).map_err(|error| RemoteError::Malformed(error.to_string()))
         };
-        let outcome = patiently(|| within(LOOKUP_TIMEOUT, ask())).await;
+        let outcome = self.patiently(|| within(LOOKUP_TIMEOUT, ask())).await;
         Ok(self.settle(&self.writes, outcome)?.digests)
     }
 
@@ -293,7 +291,7 @@ impl Remote {
         let body = Bytes::from(encode(request));
         let size_bytes = Some(body.len() as u64);
         let path = format!("results/{}", request.result.result_key());
-        patiently(|| {
+        self.patiently(|| {
             let body = body.clone().into();
             self.put(Call { method: Method::PUT, path: &path, media_type: CBOR, body, size_bytes })
         })
@@ -306,6 +304,28 @@ impl Remote {
         self.settle(&self.writes, within(limit, self.call(&self.writes, call)).await)?;
         self.sent_bytes.fetch_add(size_bytes, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// Calls again where the server is busy, when it said to. For uploads: a read that waits is worse than a miss. A
+    /// server that stays busy has failed.
+    ///
+    /// # Errors
+    /// Those of the call; [`RemoteError::Busy`] where the server stays so.
+    pub(crate) async fn patiently<T, F: Future<Output = Result<T, RemoteError>>>(
+        &self,
+        mut call: impl FnMut() -> F,
+    ) -> Result<T, RemoteError> {
+        let end = Instant::now() + UPLOAD_PATIENCE;
+        loop {
+            match call().await {
+                Err(RemoteError::Busy(time)) if Instant::now() + time < end => tokio::time::sleep(time).await,
+                Err(error @ RemoteError::Busy(_)) => {
+                    self.writes.failed(&format!("{}: {error}", self.base));
+                    return Err(error);
+                }
+                outcome => return outcome,
+            }
+        }
     }
 
     /// Reports that a body which the server sent was cut off, or not what it should be.
@@ -422,22 +442,6 @@ impl<'a> Call<'a> {
     }
 }
 
-/// Calls again where the server is busy, when it said to. For uploads: a read that waits is worse than a miss.
-///
-/// # Errors
-/// Those of the call; [`RemoteError::Busy`] where the server stays so.
-pub(crate) async fn patiently<T, F: Future<Output = Result<T, RemoteError>>>(
-    mut call: impl FnMut() -> F,
-) -> Result<T, RemoteError> {
-    for _ in 1..UPLOAD_ATTEMPTS {
-        match call().await {
-            Err(RemoteError::Busy(time)) => tokio::time::sleep(time).await,
-            outcome => return outcome,
-        }
-    }
-    call().await
-}
-
 async fn within<T>(
     limit: Duration,
     call: impl Future<Output = Result<T, RemoteError>>,
@@ -477,7 +481,7 @@ fn retry_after(response: &Response) -> Option<Duration> {
     let is_busy =
         [StatusCode::TOO_MANY_REQUESTS, StatusCode::SERVICE_UNAVAILABLE].contains(&response.status());
     let seconds = response.headers().get(RETRY_AFTER)?.to_str().ok()?.parse().ok()?;
-    Some(Duration::from_secs(seconds)).filter(|time| is_busy && *time <= LONGEST_RETRY)
+    Some(Duration::from_secs(seconds)).filter(|time| is_busy && *time <= UPLOAD_PATIENCE)
 }
 
 /// The innermost cause, which is what a person can act on; without the URL, which is said already.
@@ -531,16 +535,16 @@ mod tests {
             "429 Too Many Requests\r\nretry-after: 0",
             "201 Created",
             "503 Service Unavailable\r\nretry-after: 3600",
-            "503 Service Unavailable\r\nretry-after: 20",
+            "503 Service Unavailable\r\nretry-after: 9",
         ]);
         let remote = Remote { base: format!("{url}/v1/default"), ..remote(directory.path()) };
         remote.use_http1.store(true, Ordering::Relaxed);
         let digest = Digest::of(b"");
         // An upload is tried again; it is no failure.
-        patiently(|| remote.put_blob(&digest, Body::from("x"), 1)).await.unwrap();
+        remote.patiently(|| remote.put_blob(&digest, Body::from("x"), 1)).await.unwrap();
         assert!(remote.complaint().is_none());
         // What is too long to wait for is a failure.
-        let refused = patiently(|| remote.put_blob(&digest, Body::from("x"), 1)).await;
+        let refused = remote.patiently(|| remote.put_blob(&digest, Body::from("x"), 1)).await;
         assert!(matches!(refused, Err(RemoteError::Refused { status: 503, .. })), "{refused:?}");
         // A read does not wait, and the next one does not ask.
         assert!(matches!(remote.lookup(vec![]).await, Err(RemoteError::Busy(_))));

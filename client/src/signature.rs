@@ -2,7 +2,8 @@
 //! cannot have anybody restore what no such writer has made.
 //!
 //! A server can still withhold, and answer with what was once signed; both are as with any cache. What this machine's
-//! local tier has needs no signature: it was made here, or accepted from the server before.
+//! local tier has needs no signature: it was made here, or accepted from the server before. Builds that trust different
+//! keys should not share one.
 //!
 //! ```text
 //! cachec_sign_<seed, 64 hexadecimal digits>       a signing key, in a file of its own

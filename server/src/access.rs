@@ -42,6 +42,12 @@ impl Gate {
         Ok(Self { tokens, sessions, identities, policy })
     }
 
+    /// What holds for each namespace.
+    #[must_use]
+    pub fn policy(&self) -> &Policy {
+        &self.policy
+    }
+
     /// Whether anybody has to prove anything: there is or was a token, or the configuration says who may do what.
     ///
     /// # Errors

@@ -28,8 +28,14 @@ use crate::store::Store;
 /// Memory that bodies held as a whole may take together, in MiB: lookups' answers and publications.
 pub const MESSAGE_MEMORY_MIB: u32 = 256;
 
-/// How long a request waits for its turn before it is told to come back.
-const QUEUE_WAIT: Duration = Duration::from_secs(10);
+/// How long an upload waits for its turn before it is told to come back; clients wait longer for the answer.
+const UPLOAD_WAIT: Duration = Duration::from_secs(5);
+
+/// How long a message waits for memory. A client that looks something up waits two seconds in all.
+const MESSAGE_WAIT: Duration = Duration::from_secs(1);
+
+/// The part of all turns that uploads into the namespaces of one pattern may have, so that others get theirs.
+const MOST_TURNS: (usize, usize) = (3, 4);
 
 /// What bounds the work of one server.
 #[derive(Debug, Clone)]
@@ -71,6 +77,8 @@ pub struct App {
     /// What bounds the work.
     pub limits: Arc<Limits>,
     upload_slots: Arc<Semaphore>,
+    /// Turns that the namespaces of each pattern may have.
+    own_slots: Arc<Mutex<HashMap<String, Arc<Semaphore>>>>,
     /// Uploads that run or wait for their turn, by namespace.
     uploads: Arc<Mutex<HashMap<Namespace, usize>>>,
     message_memory: Arc<Semaphore>,
@@ -78,7 +86,7 @@ pub struct App {
 
 /// A turn to upload.
 pub struct UploadSlot {
-    _slot: OwnedSemaphorePermit,
+    _slots: [OwnedSemaphorePermit; 2],
     _upload: Upload,
 }
 
@@ -97,6 +105,7 @@ impl App {
             gate,
             metrics,
             upload_slots: Arc::new(Semaphore::new(limits.uploads)),
+            own_slots: Arc::default(),
             uploads: Arc::default(),
             message_memory: Arc::new(Semaphore::new(MESSAGE_MEMORY_MIB as usize)),
             limits: Arc::new(limits),
@@ -110,7 +119,14 @@ impl App {
     /// wait already, so that it cannot keep the others out.
     pub async fn upload_slot(&self, namespace: &Namespace) -> Result<UploadSlot, ApiError> {
         let upload = self.upload(namespace)?;
-        Ok(UploadSlot { _slot: acquire(&self.upload_slots, 1).await?, _upload: upload })
+        let own = {
+            let label = self.gate.policy().label(namespace);
+            let mut slots = self.own_slots.lock().unwrap_or_else(PoisonError::into_inner);
+            let most = (self.limits.uploads * MOST_TURNS.0 / MOST_TURNS.1).max(1);
+            Arc::clone(slots.entry(label).or_insert_with(|| Arc::new(Semaphore::new(most))))
+        };
+        let own = acquire(&own, 1, UPLOAD_WAIT).await?;
+        Ok(UploadSlot { _slots: [own, acquire(&self.upload_slots, 1, UPLOAD_WAIT).await?], _upload: upload })
     }
 
     fn upload(&self, namespace: &Namespace) -> Result<Upload, ApiError> {
@@ -128,7 +144,7 @@ impl App {
     /// # Errors
     /// [`ApiError::OVERLOADED`] where it is not soon.
     pub async fn message_memory(&self, bytes: usize) -> Result<OwnedSemaphorePermit, ApiError> {
-        acquire(&self.message_memory, mebibytes(bytes).min(MESSAGE_MEMORY_MIB)).await
+        acquire(&self.message_memory, mebibytes(bytes).min(MESSAGE_MEMORY_MIB), MESSAGE_WAIT).await
     }
 }
 
@@ -150,17 +166,31 @@ pub fn mebibytes(bytes: usize) -> u32 {
     u32::try_from(bytes.div_ceil(1 << 20)).unwrap_or(u32::MAX)
 }
 
-async fn acquire(semaphore: &Arc<Semaphore>, permits: u32) -> Result<OwnedSemaphorePermit, ApiError> {
-    let acquired = tokio::time::timeout(QUEUE_WAIT, Arc::clone(semaphore).acquire_many_owned(permits)).await;
+async fn acquire(
+    semaphore: &Arc<Semaphore>,
+    permits: u32,
+    wait: Duration,
+) -> Result<OwnedSemaphorePermit, ApiError> {
+    let acquired = tokio::time::timeout(wait, Arc::clone(semaphore).acquire_many_owned(permits)).await;
     acquired.ok().and_then(Result::ok).ok_or(ApiError::OVERLOADED)
 }
 
-/// The routes of protocol version 1, and the probes.
-pub fn router(app: App) -> Router {
+/// What is for operators alone.
+pub fn probes_router(app: App) -> Router {
+    Router::new()
+        .route("/healthz", get(probes::health))
+        .route("/readyz", get(probes::ready))
+        .route("/metrics", get(probes::metrics))
+        .with_state(app)
+}
+
+/// The routes of protocol version 1, and the probes. Metrics name namespaces, and are not for everybody.
+pub fn router(app: App, with_metrics: bool) -> Router {
     let overload = ServiceBuilder::new()
         .layer(HandleErrorLayer::new(|_: tower::BoxError| async { ApiError::OVERLOADED }))
         .layer(LoadShedLayer::new())
         .layer(GlobalConcurrencyLimitLayer::new(app.limits.requests));
+    let metrics = Router::new().route("/metrics", get(probes::metrics));
     Router::new()
         .route("/v1/{namespace}/lookup", post(lookup::post))
         .route("/v1/{namespace}/blobs/missing", post(missing::post))
@@ -172,7 +202,7 @@ pub fn router(app: App) -> Router {
         .layer(overload)
         .route("/healthz", get(probes::health))
         .route("/readyz", get(probes::ready))
-        .route("/metrics", get(probes::metrics))
+        .merge(if with_metrics { metrics } else { Router::new() })
         .fallback(unknown_path)
         .method_not_allowed_fallback(|| async { ApiError::METHOD_NOT_ALLOWED })
         .layer(middleware::from_fn_with_state(app.clone(), body::answer_when_sent))

@@ -50,6 +50,10 @@ pub struct Settings {
     /// Address and port to listen on; port 0 takes a free one [default: 127.0.0.1:7373]
     #[arg(long, env = "CACHEC_SERVER_LISTEN")]
     listen: Option<SocketAddr>,
+    /// Address and port for metrics and probes alone; they name namespaces, and need no token [default: with the rest on
+    /// a loopback address, else nowhere]
+    #[arg(long, env = "CACHEC_SERVER_METRICS_LISTEN")]
+    metrics_listen: Option<SocketAddr>,
     /// The data directory
     #[arg(long, env = "CACHEC_SERVER_DATA")]
     data: Option<PathBuf>,
@@ -116,6 +120,7 @@ impl Settings {
     fn or(self, other: Self) -> Self {
         Self {
             listen: self.listen.or(other.listen),
+            metrics_listen: self.metrics_listen.or(other.metrics_listen),
             data: self.data.or(other.data),
             max_size: self.max_size.or(other.max_size),
             max_blob_size: self.max_blob_size.or(other.max_blob_size),
@@ -198,6 +203,7 @@ impl Config {
         let scrub_interval = settings.scrub_interval.map_or(month, Age::duration);
         server.scrub_interval = Some(scrub_interval).filter(|interval| !interval.is_zero());
         server.open = settings.open.unwrap_or(false);
+        server.metrics_listen = settings.metrics_listen;
         server.identities = file.identity;
         server.tls = tls;
         let number = |setting: Option<u32>, default: usize| {

@@ -21,6 +21,7 @@
 //! nobody else can have.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use anyhow::ensure;
@@ -28,7 +29,7 @@ use jsonwebtoken::jwk::JwkSet;
 use jsonwebtoken::{Algorithm, DecodingKey, Validation};
 use serde::Deserialize;
 use serde_json::Value;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, Semaphore};
 
 use crate::namespace::{Namespace, Pattern};
 use crate::outbound;
@@ -44,6 +45,9 @@ const ALGORITHMS: [Algorithm; 4] = [Algorithm::RS256, Algorithm::RS384, Algorith
 /// How long an issuer's keys are good, and how often they are asked for where one is missing.
 const KEYS_LIFETIME: Duration = Duration::from_secs(60 * 60);
 const KEYS_INTERVAL: Duration = Duration::from_secs(60);
+
+/// Requests of one issuer's jobs that wait for its keys at a time.
+const MAX_WAITING: usize = 32;
 
 const FETCH_TIMEOUT: Duration = Duration::from_secs(5);
 const MAX_DOCUMENT_BYTES: usize = 256 << 10;
@@ -83,12 +87,16 @@ impl Issuer {
     fn check(&self) -> anyhow::Result<()> {
         let issuer = &self.issuer;
         for url in [Some(issuer), self.jwks_url.as_ref()].into_iter().flatten() {
-            let is_safe = url.starts_with("https://") || url.starts_with("http://127.0.0.1:");
-            ensure!(is_safe, "identity {issuer}: {url} is not an https URL");
+            ensure!(is_secure(url), "identity {issuer}: {url} is not an https URL");
         }
         ensure!(!self.rules.is_empty(), "identity {issuer} has no rules, and so is of no use");
         self.rules.iter().try_for_each(|rule| rule.check())
     }
+}
+
+/// Whether what is fetched from there is what its owner has written.
+fn is_secure(url: &str) -> bool {
+    url.starts_with("https://") || url.starts_with("http://127.0.0.1:")
 }
 
 impl Rule {
@@ -136,16 +144,38 @@ impl Rule {
 /// The issuers of one server, with their keys.
 #[derive(Debug)]
 pub struct Identities {
-    issuers: Vec<(Issuer, Mutex<Keys>)>,
+    issuers: Vec<(Issuer, Keys)>,
     client: reqwest::Client,
 }
 
-/// The keys of an issuer.
-#[derive(Debug, Default)]
+/// The keys of an issuer, with when they were fetched.
+#[derive(Debug)]
 struct Keys {
-    set: Option<JwkSet>,
-    fetched: Option<Instant>,
-    tried: Option<Instant>,
+    present: RwLock<Option<(Arc<JwkSet>, Instant)>>,
+    /// Held while they are fetched: by one at a time.
+    tried: Mutex<Option<Instant>>,
+    waiting: Semaphore,
+}
+
+impl Keys {
+    fn new() -> Self {
+        Self { present: RwLock::default(), tried: Mutex::default(), waiting: Semaphore::new(MAX_WAITING) }
+    }
+
+    fn present(&self) -> Option<(Arc<JwkSet>, Instant)> {
+        self.present.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set(&self, set: JwkSet) {
+        let mut present = self.present.write().unwrap_or_else(PoisonError::into_inner);
+        *present = Some((Arc::new(set), Instant::now()));
+    }
+
+    /// Whether a key is known, and none of them too old.
+    fn are_good_for(&self, id: &str) -> bool {
+        self.present()
+            .is_some_and(|(set, fetched)| fetched.elapsed() < KEYS_LIFETIME && set.find(id).is_some())
+    }
 }
 
 /// An issuer's keys cannot be had.
@@ -160,8 +190,12 @@ impl Identities {
     /// A sentence about the rule that cannot be.
     pub fn new(issuers: Vec<Issuer>) -> anyhow::Result<Self> {
         issuers.iter().try_for_each(Issuer::check)?;
+        for (number, issuer) in issuers.iter().enumerate() {
+            let is_new = issuers.iter().take(number).all(|earlier| earlier.issuer != issuer.issuer);
+            ensure!(is_new, "identity {} stands there twice; put its rules together", issuer.issuer);
+        }
         let client = outbound::client(FETCH_TIMEOUT)?.build()?;
-        let issuers = issuers.into_iter().map(|issuer| (issuer, Mutex::default())).collect();
+        let issuers = issuers.into_iter().map(|issuer| (issuer, Keys::new())).collect();
         Ok(Self { issuers, client })
     }
 
@@ -177,7 +211,7 @@ impl Identities {
     }
 
     /// The issuer that a token says it is of. Nothing is checked yet.
-    fn issuer_of(&self, token: &str) -> Option<&(Issuer, Mutex<Keys>)> {
+    fn issuer_of(&self, token: &str) -> Option<&(Issuer, Keys)> {
         #[derive(Deserialize)]
         struct Claimed {
             iss: String,
@@ -194,7 +228,7 @@ impl Identities {
         &self,
         token: &str,
         issuer: &Issuer,
-        keys: &Mutex<Keys>,
+        keys: &Keys,
     ) -> Result<Option<HashMap<String, Value>>, Unreachable> {
         let Ok(header) = jsonwebtoken::decode_header(token) else { return Ok(None) };
         let Some(key_id) = header.kid.filter(|_| ALGORITHMS.contains(&header.alg)) else { return Ok(None) };
@@ -212,25 +246,24 @@ impl Identities {
             .map(|data| data.claims))
     }
 
-    async fn key(
-        &self,
-        issuer: &Issuer,
-        keys: &Mutex<Keys>,
-        id: &str,
-    ) -> Result<Option<DecodingKey>, Unreachable> {
-        let mut keys = keys.lock().await;
-        let is_fresh = keys.fetched.is_some_and(|fetched| fetched.elapsed() < KEYS_LIFETIME);
-        let is_known = keys.set.as_ref().is_some_and(|set| set.find(id).is_some());
-        let was_tried = keys.tried.is_some_and(|tried| tried.elapsed() < KEYS_INTERVAL);
-        if !(is_fresh && is_known || was_tried) {
-            keys.tried = Some(Instant::now());
-            match self.fetch_keys(issuer).await {
-                Ok(set) => (keys.set, keys.fetched) = (Some(set), keys.tried),
-                // Keys that were good an hour ago are better than none.
-                Err(error) => tracing::warn!(%error, issuer = issuer.issuer, "cannot fetch an issuer's keys"),
+    async fn key(&self, issuer: &Issuer, keys: &Keys, id: &str) -> Result<Option<DecodingKey>, Unreachable> {
+        if !keys.are_good_for(id) {
+            // Few wait for an answer that may not come; the others are told to come back.
+            let _place = keys.waiting.try_acquire().map_err(|_| Unreachable)?;
+            let mut tried = keys.tried.lock().await;
+            let was_tried = tried.is_some_and(|tried| tried.elapsed() < KEYS_INTERVAL);
+            if !was_tried && !keys.are_good_for(id) {
+                *tried = Some(Instant::now());
+                match self.fetch_keys(issuer).await {
+                    Ok(set) => keys.set(set),
+                    // Keys that were good an hour ago are better than none.
+                    Err(error) => {
+                        tracing::warn!(%error, issuer = issuer.issuer, "cannot fetch an issuer's keys");
+                    }
+                }
             }
         }
-        let set = keys.set.as_ref().ok_or(Unreachable)?;
+        let (set, _) = keys.present().ok_or(Unreachable)?;
         Ok(set.find(id).and_then(|key| DecodingKey::from_jwk(key).ok()))
     }
 
@@ -250,6 +283,7 @@ impl Identities {
     }
 
     async fn fetch(&self, url: &str) -> anyhow::Result<Vec<u8>> {
+        ensure!(is_secure(url), "{url} is not an https URL");
         let mut response = self.client.get(url).send().await?.error_for_status()?;
         let mut document = Vec::new();
         while let Some(chunk) = response.chunk().await? {

@@ -109,9 +109,14 @@ fn check_config(arguments: ServeArguments) -> anyhow::Result<()> {
 }
 
 fn backup(data: &Path, to: &Path) -> anyhow::Result<()> {
+    let to = &std::path::absolute(to)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let made = runtime.block_on(async {
         match control::ask_for_backup(data, to).await? {
+            Some(_) if !to.exists() => bail!(
+                "the server has made {} where only it sees it; a service may have a /tmp of its own",
+                to.display()
+            ),
             Some(report) => anyhow::Ok(report),
             None => Ok(open_existing(data)?.back_up(to.to_owned()).await?.to_string()),
         }

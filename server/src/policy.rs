@@ -50,6 +50,16 @@ pub enum PolicyError {
         /// Its name.
         parent: Namespace,
     },
+    /// Everybody would read the parent through it.
+    #[error(
+        "everybody may read {pattern}, and through it its parent {parent}, which needs a token; give both the same"
+    )]
+    PublicChild {
+        /// Whose parent.
+        pattern: Pattern,
+        /// Its name.
+        parent: Namespace,
+    },
     /// A namespace that reads from itself, or through too many layers.
     #[error("{0} reads from itself, or through more than {MAX_LAYERS} layers")]
     TooDeep(Pattern),
@@ -88,6 +98,9 @@ impl Policy {
             let Some(parent) = &rule.parent else { continue };
             if policy.section(parent).is_none() {
                 return Err(PolicyError::UnknownParent { pattern: pattern.clone(), parent: parent.clone() });
+            }
+            if rule.anonymous_read && !policy.rules(parent).anonymous_read {
+                return Err(PolicyError::PublicChild { pattern: pattern.clone(), parent: parent.clone() });
             }
             if 1 + policy.layers(parent).len() > MAX_LAYERS
                 || policy.layers(parent).iter().any(|below| pattern.matches(below))
@@ -184,6 +197,8 @@ mod tests {
     fn parents_that_cannot_be_are_refused() {
         let unknown = policy("[pr]\nparent = 'mian'\n[main]").unwrap_err().to_string();
         assert!(unknown.contains("mian") && unknown.contains("[namespaces.mian]"), "{unknown}");
+        let public = "[a]\nparent = 'b'\nanonymous_read = true\n[b]";
+        assert!(matches!(policy(public), Err(PolicyError::PublicChild { .. })));
         for circle in ["[a]\nparent = 'a'", "[a]\nparent = 'b'\n[b]\nparent = 'a'", "['a*']\nparent = 'ab'"] {
             assert!(matches!(policy(circle), Err(PolicyError::TooDeep(_))), "{circle}");
         }

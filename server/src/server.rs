@@ -31,6 +31,8 @@ const TLS_INTERVAL: Duration = Duration::from_secs(60);
 pub struct ServerOptions {
     /// Where to listen; port 0 takes a free one.
     pub listen: SocketAddr,
+    /// Where metrics and probes are alone; without it they are with the rest, on a loopback address.
+    pub metrics_listen: Option<SocketAddr>,
     /// The store.
     pub store: EmbeddedOptions,
     /// The level at which blobs are compressed again, if they are.
@@ -59,6 +61,7 @@ impl ServerOptions {
     pub fn new(listen: SocketAddr, store: EmbeddedOptions) -> Self {
         Self {
             listen,
+            metrics_listen: None,
             store,
             recompress_level: None,
             scrub_interval: None,
@@ -98,6 +101,7 @@ impl ServerOptions {
 /// A server that listens, and is about to serve.
 pub struct Server {
     listener: TcpListener,
+    metrics_listener: Option<TcpListener>,
     address: SocketAddr,
     store: Embedded,
     app: App,
@@ -117,14 +121,16 @@ impl Server {
         let store = tokio::task::spawn_blocking(move || Embedded::open(&store_options))
             .await?
             .with_context(|| format!("cannot open the store in {}", options.store.directory.display()))?;
-        let listener = TcpListener::bind(options.listen)
-            .await
-            .with_context(|| format!("cannot listen on {}", options.listen))?;
+        let listener = listen(options.listen).await?;
+        let metrics_listener = match options.metrics_listen {
+            Some(address) => Some(listen(address).await?),
+            None => None,
+        };
         let metrics = Arc::new(Metrics::new()?);
         let layered = Layered::new(store.clone(), Arc::clone(&options.store.policy));
         let metered = Metered::new(layered, Arc::clone(&metrics));
         let app = App::new(Arc::new(metered), Arc::new(gate), metrics, options.limits.clone());
-        Ok(Self { address: listener.local_addr()?, listener, store, app, tls, options })
+        Ok(Self { address: listener.local_addr()?, listener, metrics_listener, store, app, tls, options })
     }
 
     /// Where it listens.
@@ -159,7 +165,10 @@ impl Server {
         let background = background.into_iter().flatten().collect::<Result<Vec<_>, _>>()?;
         let connections = Connections {
             metrics: Arc::clone(&self.app.metrics),
-            router: app::router(self.app),
+            router: app::router(
+                self.app.clone(),
+                options.metrics_listen.is_none() && options.listen.ip().is_loopback(),
+            ),
             deadlines: options.deadlines,
             max_connections: options.max_connections,
             max_connections_per_address: options.max_connections_per_address,
@@ -169,6 +178,14 @@ impl Server {
         match control::listen(&options.store.directory) {
             Ok(listener) => drop(tasks.spawn(control::serve(listener, self.store.clone()))),
             Err(error) => tracing::warn!(%error, "there is no socket for commands"),
+        }
+        if let Some(listener) = self.metrics_listener {
+            let router = app::probes_router(self.app);
+            tasks.spawn(async move {
+                if let Err(error) = axum::serve(listener, router).await {
+                    tracing::error!(%error, "metrics are not answered any more");
+                }
+            });
         }
         tasks.spawn(maintain(self.store));
         if let Some(tls) = self.tls {
@@ -223,6 +240,10 @@ impl RunningServer {
         self.store.close()?;
         Ok(())
     }
+}
+
+async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))
 }
 
 /// Looks for a new certificate from time to time.

@@ -18,15 +18,16 @@
 //! last one does not open the server.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use cachec_protocol::Digest;
+use rustix::fs::{AtFlags, Mode, OFlags, open, openat, renameat, unlinkat};
 use serde::Deserialize;
 
 use crate::namespace::{Namespace, Pattern};
@@ -148,7 +149,7 @@ impl Tokens {
     pub fn open(data: &Path) -> io::Result<Self> {
         let directory = data.join("tokens");
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&directory)?;
-        give_to_owner_of(data, &directory);
+        give_to_owner_of(&File::open(data)?, &open_directory(&directory)?)?;
         Ok(Self { directory, seen: AtomicBool::new(false) })
     }
 
@@ -268,23 +269,33 @@ impl Tokens {
         );
         // A file that a crash leaves half written has no good digest line or is replaced by rename: it grants
         // nothing. Its name keeps it apart from ids.
-        let temporary = self.directory.join(format!("{}.new", record.id));
-        let mut file =
-            OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+        let directory = open_directory(&self.directory)?;
+        let temporary = format!("{}.new", record.id);
+        let _ = unlinkat(&directory, &temporary, AtFlags::empty());
+        // Root may write into a directory of the server's user, who must not lead it elsewhere by a link.
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let mut file = File::from(openat(&directory, &temporary, flags, Mode::RUSR | Mode::WUSR)?);
         file.write_all(text.as_bytes())?;
         file.sync_all()?;
-        give_to_owner_of(&self.directory, &temporary);
-        fs::rename(&temporary, self.directory.join(&record.id))?;
-        File::open(&self.directory)?.sync_all()
+        give_to_owner_of(&directory, &file)?;
+        renameat(&directory, &temporary, &directory, &record.id)?;
+        directory.sync_all()
     }
 }
 
-/// What root creates, as an administrator may, the server's own user must be able to read. Fails for anybody else, who
-/// has nothing to give.
-fn give_to_owner_of(directory: &Path, path: &Path) {
-    if let Ok(owner) = fs::metadata(directory) {
-        let _ = std::os::unix::fs::chown(path, Some(owner.uid()), Some(owner.gid()));
+/// Opens a directory that is no link.
+fn open_directory(path: &Path) -> io::Result<File> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    Ok(File::from(open(path, flags, Mode::empty())?))
+}
+
+/// What root creates, as an administrator may, the server's own user must be able to read.
+fn give_to_owner_of(directory: &File, created: &File) -> io::Result<()> {
+    let (owner, present) = (directory.metadata()?, created.metadata()?);
+    if rustix::process::geteuid().is_root() && present.uid() != owner.uid() {
+        std::os::unix::fs::fchown(created, Some(owner.uid()), Some(owner.gid()))?;
     }
+    Ok(())
 }
 
 fn token_id(digest: blake3::Hash) -> String {
@@ -393,6 +404,23 @@ mod tests {
         for path in [tokens.directory().to_owned(), tokens.directory().join(id)] {
             assert_eq!(fs::metadata(path).unwrap().uid(), owner);
         }
+    }
+
+    #[test]
+    fn links_lead_nowhere() {
+        let (data, tokens) = tokens();
+        let victim = data.path().join("victim");
+        fs::write(&victim, "kept").unwrap();
+        let (_, id) = create(&tokens, "team", "read", None);
+        std::os::unix::fs::symlink(&victim, tokens.directory().join(format!("{id}.new"))).unwrap();
+        assert!(tokens.revoke(&id).unwrap());
+        assert_eq!(fs::read_to_string(&victim).unwrap(), "kept");
+        assert!(tokens.list().unwrap()[0].revoked);
+        let elsewhere = data.path().join("elsewhere");
+        fs::create_dir(&elsewhere).unwrap();
+        fs::remove_dir_all(tokens.directory()).unwrap();
+        std::os::unix::fs::symlink(&elsewhere, tokens.directory()).unwrap();
+        assert!(Tokens::open(data.path()).is_err());
     }
 
     #[test]

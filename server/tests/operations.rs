@@ -28,6 +28,13 @@ fn the_documented_configuration_is_right_and_complete() {
     };
     let output = run(&deploy("server.toml"));
     assert!(output.status.success(), "{output:?}");
+    assert!(!String::from_utf8_lossy(&output.stdout).contains("identity"), "{output:?}");
+    // With its example.
+    let example = data.path().join("example.toml");
+    let text = std::fs::read_to_string(deploy("server.toml")).unwrap();
+    std::fs::write(&example, text.replace("\n#~ ", "\n")).unwrap();
+    let output = run(&example);
+    assert!(output.status.success(), "{output:?}");
     let text = String::from_utf8(output.stdout).unwrap();
     for line in [
         "listens on    127.0.0.1:7373\n",
@@ -96,4 +103,24 @@ async fn dashboard_and_alerts_use_metrics_that_exist() {
     let dashboard: serde_json::Value =
         serde_json::from_slice(&std::fs::read(deploy("grafana/cachec.json")).unwrap()).unwrap();
     assert!(dashboard["panels"].as_array().unwrap().len() > 10);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn metrics_have_a_place_of_their_own() {
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let server = TestServer::start_with(64 << 20, |options| options.metrics_listen = Some(port)).await;
+    let status = async |url: String| server.client.get(url).send().await.unwrap().status().as_u16();
+    assert_eq!(status(server.url("/metrics")).await, 404);
+    assert_eq!(status(server.url("/healthz")).await, 200);
+    assert_eq!(status(format!("http://{port}/metrics")).await, 200);
+    assert_eq!(status(format!("http://{port}/readyz")).await, 200);
+    assert_eq!(status(format!("http://{port}/v1/default/blobs/00")).await, 404);
+    // Beyond loopback they are nowhere, unless told where.
+    let public = TestServer::start_with(64 << 20, |options| {
+        options.listen.set_ip([0, 0, 0, 0].into());
+        options.open = true;
+    })
+    .await;
+    let url = public.url("/metrics").replace("0.0.0.0", "127.0.0.1");
+    assert_eq!(status(url).await, 404);
 }

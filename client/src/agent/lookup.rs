@@ -123,7 +123,13 @@ pub(super) async fn obtain(
     build: Option<&Arc<Build>>,
     patience: Patience,
 ) -> Option<Restored> {
-    let remote = agent.remote.as_ref().filter(|remote| !remote.reads.is_open())?;
+    let remote = agent.remote.as_ref()?;
+    if patience == Patience::OfADownload {
+        remote.reads.resumed().await;
+    }
+    if remote.reads.is_open() {
+        return None;
+    }
     let started = Instant::now();
     let announced = match (build, result.pack) {
         (Some(build), Some(pack)) => build.pack(&pack.digest, result.compile_ms).await,

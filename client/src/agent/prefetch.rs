@@ -296,6 +296,9 @@ impl Build {
     fn spawn_stream(self: &Arc<Self>, agent: &Arc<Agent>, packs: Packs) {
         let (build, agent) = (Arc::clone(self), Arc::clone(agent));
         tokio::spawn(async move {
+            if let Some(remote) = &agent.remote {
+                remote.reads.resumed().await;
+            }
             if let Some(remote) = agent.remote.as_ref().filter(|remote| !remote.reads.is_open())
                 && let Err(error) = build.receive(remote, packs).await
             {

@@ -19,7 +19,7 @@ use super::record::{self, OpenOutputs, Recorded, Stores};
 use super::{Agent, Counted};
 use crate::inputs::NotStorable;
 use crate::ipc::Finished;
-use crate::remote::{Remote, RemoteError, patiently};
+use crate::remote::{Remote, RemoteError};
 use crate::unit::Unit;
 
 /// Bytes of a pack that are read at a time.
@@ -48,13 +48,18 @@ pub(super) fn start(agent: &Arc<Agent>, job: Job) {
     tokio::spawn(async move {
         let Job { unit, finished, outputs, gate, build } = job;
         match pack(&agent, Arc::clone(&unit), finished, outputs).await {
-            Ok(recorded) => store(&agent, &unit, recorded, build.as_deref()).await,
+            Ok(recorded) => {
+                // Who waits for the result finds it in the local tier, where there is one.
+                let gate = gate.filter(|_| agent.local.is_none());
+                store(&agent, &unit, recorded, build.as_deref()).await;
+                drop(gate);
+            }
             Err(reason) => {
                 tracing::info!("not stored: {reason:?}");
                 count_not_stored(&agent, &unit, &reason.to_string());
             }
         }
-        drop((gate, counted));
+        drop(counted);
     });
 }
 
@@ -177,11 +182,11 @@ async fn put_missing_pack(
     let unreadable = |error: std::io::Error| RemoteError::Unreachable(format!("the spooled pack: {error}"));
     let size_bytes = spool.seek(SeekFrom::End(0)).map_err(unreadable)?;
     let pack = spool.into_inner();
-    patiently(|| async {
+    let put = || async {
         let body = body_of(&pack).map_err(unreadable)?;
         remote.put_blob(digest, body, size_bytes).await
-    })
-    .await
+    };
+    remote.patiently(put).await
 }
 
 /// A pack from its beginning.

@@ -97,10 +97,12 @@ pub(crate) fn from_pack(
         files.push(match (output.kind, tier) {
             (OutputKind::Text | OutputKind::Directory | OutputKind::Link, _) => {
                 let text = read_text(&mut part, output)?;
+                // Checks its digest.
+                let staged = stager.stage_bytes(output, &text)?;
                 if let Some(tier) = tier {
                     keep_bytes(tier, &text, &output.digest, memo)?;
                 }
-                stager.stage_bytes(output, &text)?
+                staged
             }
             (OutputKind::Binary, Some(tier)) => {
                 let mut staged = tier.stage()?;

@@ -5,7 +5,8 @@ use axum::http::StatusCode;
 use bytes::Bytes;
 use cachec_protocol::codec::{self, Message};
 use cachec_protocol::message::PublishRequest;
-use cachec_protocol::{DecodeError, ResultKey};
+use cachec_protocol::{DecodeError, ResultKey, StoredResult};
+use ring::signature::{ED25519, UnparsedPublicKey};
 
 use super::blobs::put_status;
 use crate::access::Writer;
@@ -56,6 +57,9 @@ fn read(bytes: &Bytes, namespace: Namespace, result_key: ResultKey) -> Result<Pu
     if request.result.result_key() != result_key {
         return Err(ApiError::RESULT_KEY_MISMATCH);
     }
+    if !is_rightly_signed(&request.result) {
+        return Err(ApiError::INVALID_RESULT);
+    }
     let encoded = encoded_result(bytes).ok_or(ApiError::MALFORMED_REQUEST)?;
     Ok(Publication {
         namespace,
@@ -64,6 +68,15 @@ fn read(bytes: &Bytes, namespace: Namespace, result_key: ResultKey) -> Result<Pu
         pack: request.result.pack.map(|pack| pack.digest),
         encoded,
         action_fields: request.action_fields,
+    })
+}
+
+/// Whether a signature, if there is one, is its writer's: the first result of a key stays, and a false one would keep out
+/// the right one.
+fn is_rightly_signed(result: &StoredResult) -> bool {
+    result.signature.is_none_or(|signature| {
+        let key = UnparsedPublicKey::new(&ED25519, signature.key);
+        key.verify(&result.signed_bytes(), &signature.bytes).is_ok()
     })
 }
 
@@ -86,7 +99,9 @@ fn encoded_result(bytes: &Bytes) -> Option<Bytes> {
 
 #[cfg(test)]
 mod tests {
-    use cachec_protocol::{ActionKey, InputSet, StoredResult, encode};
+    use cachec_protocol::result::Signature;
+    use cachec_protocol::{ActionKey, InputSet, encode};
+    use ring::signature::{Ed25519KeyPair, KeyPair};
 
     use super::*;
 
@@ -115,5 +130,28 @@ mod tests {
             assert_eq!(publication.encoded, encoded);
             assert_eq!(publication.action_fields, [0xff]);
         }
+    }
+
+    #[test]
+    fn a_signature_that_nobody_has_made_is_refused() {
+        let signer = Ed25519KeyPair::from_seed_unchecked(&[7; 32]).unwrap();
+        let mut result = StoredResult {
+            action_key: ActionKey::from_bytes([1; 32]),
+            input_set: InputSet::default(),
+            outputs: vec![],
+            stdout: vec![],
+            stderr: vec![],
+            compile_ms: 7,
+            pack: None,
+            signature: None,
+        };
+        assert!(is_rightly_signed(&result));
+        let mut signature = Signature { key: [0; 32], bytes: [0; 64] };
+        signature.key.copy_from_slice(signer.public_key().as_ref());
+        signature.bytes.copy_from_slice(signer.sign(&result.signed_bytes()).as_ref());
+        result.signature = Some(signature);
+        assert!(is_rightly_signed(&result));
+        result.compile_ms = 8;
+        assert!(!is_rightly_signed(&result));
     }
 }

@@ -14,7 +14,7 @@ use super::ledger::Ledger;
 use super::rows::HourRow;
 use crate::store::StoreError;
 
-/// Most entries of a namespace that one look evicts, so that nobody waits long for the ledger.
+/// Most entries that are evicted at a time, so that nobody waits long for the ledger.
 const MAX_EVICTED: usize = 1000;
 
 const MINUTE: Duration = Duration::from_secs(60);
@@ -43,28 +43,35 @@ impl Engine {
             batch.put_row(Family::Ages, &hour_of(totals.age_minutes).to_be_bytes(), &row)?;
         }
         self.commit_totals(&mut ledger, batch, totals)?;
-        self.evict_aged(&mut ledger)
+        drop(ledger);
+        // The lock is free in between.
+        while self.evict_aged(&mut self.ledger())? {}
+        Ok(())
     }
 
-    fn evict_aged(&self, ledger: &mut Ledger) -> Result<(), StoreError> {
+    /// Evicts some of what is too old; says whether there may be more.
+    fn evict_aged(&self, ledger: &mut Ledger) -> Result<bool, StoreError> {
         let aged = |(namespace, _): (&_, _)| {
             let max_age = self.policy.max_age(namespace)?;
             Some((namespace.clone(), max_age.as_secs().div_ceil(MINUTE.as_secs())))
         };
         let namespaces: Vec<_> = ledger.shares.iter().filter_map(aged).collect();
         self.apply_touches(ledger)?;
+        let mut evicted = 0;
         for (namespace, max_age_minutes) in namespaces {
             let Some(minutes) = ledger.totals.age_minutes.checked_sub(max_age_minutes) else { continue };
             let hour = self.database.last_row::<HourRow>(Family::Ages, &hour_of(minutes).to_be_bytes())?;
             let Some(HourRow { sequence: limit }) = hour else { continue };
-            for _ in 0..MAX_EVICTED {
-                match self.oldest_of(ledger, &namespace)? {
-                    Some((sequence, entry)) if sequence <= limit => self.evict(ledger, sequence, &entry)?,
-                    _ => break,
-                }
+            while evicted < MAX_EVICTED
+                && let Some((sequence, entry)) = self.oldest_of(ledger, &namespace)?
+                && sequence <= limit
+            {
+                self.evict(ledger, sequence, &entry)?;
+                evicted += 1;
             }
         }
-        self.remove_files(ledger)
+        self.remove_files(ledger)?;
+        Ok(evicted == MAX_EVICTED)
     }
 }
 

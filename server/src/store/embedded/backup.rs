@@ -8,6 +8,7 @@ use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 
 use super::database::{self, Family, is_absent};
 use super::rows::{self, BlobHome, BlobRow};
@@ -39,19 +40,25 @@ impl Engine {
             )));
         }
         let mut name = to.file_name().unwrap_or_default().to_owned();
-        name.push(".partial");
+        name.push(format!(".partial-{:016x}", self.next_sequence()));
         let partial = to.with_file_name(name);
+        DirBuilder::new().mode(0o700).create(&partial).map_err(StoreError::Write)?;
+        self.backups.fetch_add(1, Ordering::Relaxed);
         let made = self.fill_backup(&partial);
-        if made.is_err() {
-            let _ = fs::remove_dir_all(&partial);
-        }
-        let report = made?;
-        fs::rename(&partial, to).and_then(|()| sync_directory(to.parent())).map_err(StoreError::Write)?;
-        Ok(report)
+        self.backups.fetch_sub(1, Ordering::Relaxed);
+        let named = made.and_then(|report| {
+            let renamed = fs::rename(&partial, to).and_then(|()| sync_directory(to.parent()));
+            renamed.map(|()| report).map_err(StoreError::Write)
+        });
+        named.inspect_err(|_| drop(fs::remove_dir_all(&partial)))
+    }
+
+    /// Whether a backup is being made: no blob may get another file meanwhile.
+    pub(super) fn is_backing_up(&self) -> bool {
+        self.backups.load(Ordering::Relaxed) > 0
     }
 
     fn fill_backup(&self, partial: &Path) -> Result<BackupReport, StoreError> {
-        DirBuilder::new().mode(0o700).create(partial).map_err(StoreError::Write)?;
         self.database.checkpoint(&partial.join("db"))?;
         self.copy_tokens(partial).map_err(StoreError::Write)?;
         let target = DataDirectory::create(partial).map_err(StoreError::Write)?;
@@ -60,8 +67,9 @@ impl Engine {
             let row: BlobRow = rows::decode(row, "blobs")?;
             let BlobHome::File(number) = row.home else { return Ok(()) };
             let name = DataDirectory::blob_name(key, number)?;
-            match link_or_copy(&self.directory.blob_path(&name), &target.blob_path(&name)) {
-                Err(error) if is_absent(&error) => report.evicted += 1,
+            let source = self.directory.blob_path(&name);
+            match link_or_copy(&source, &target.blob_path(&name)) {
+                Err(error) if is_absent(&error) && !source.exists() => report.evicted += 1,
                 linked => {
                     linked.map_err(StoreError::Write)?;
                     report.files += 1;
@@ -85,8 +93,15 @@ impl Engine {
         }
         for entry in fs::read_dir(source)? {
             let entry = entry?;
-            // With its mode.
-            fs::copy(entry.path(), target.join(entry.file_name()))?;
+            // With its mode. One that is being written has another name in a moment.
+            let copied = target.join(entry.file_name());
+            match fs::copy(entry.path(), &copied) {
+                Err(error) if is_absent(&error) => {}
+                done => {
+                    done?;
+                    File::open(&copied)?.sync_all()?;
+                }
+            }
         }
         sync_directory(Some(&target))
     }

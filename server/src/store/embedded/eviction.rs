@@ -271,12 +271,18 @@ impl Engine {
     /// Completes what a crash interrupted: every doomed file goes.
     pub(super) fn finish_removals(&self) -> Result<(), StoreError> {
         let mut ledger = self.ledger();
-        for (name, row) in self.database.all(Family::Doomed)? {
+        ledger.doomed = self.doomed_files()?;
+        self.remove_files(&mut ledger)
+    }
+
+    /// The files that are doomed, as the database says.
+    pub(super) fn doomed_files(&self) -> Result<Vec<DoomedFile>, StoreError> {
+        let file = |(name, row): (Box<[u8]>, Box<[u8]>)| {
             let row: DoomedRow = rows::decode(&row, "doomed")?;
             let name = String::from_utf8(name.into_vec()).map_err(|_| StoreError::DamagedRow("doomed"))?;
-            ledger.doomed.push(DoomedFile { name, counted_bytes: row.counted_bytes });
-        }
-        self.remove_files(&mut ledger)
+            Ok(DoomedFile { name, counted_bytes: row.counted_bytes })
+        };
+        self.database.all(Family::Doomed)?.into_iter().map(file).collect()
     }
 }
 

@@ -50,8 +50,9 @@ mod upload;
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -104,6 +105,7 @@ struct Engine {
     database: Database,
     directory: DataDirectory,
     limit_bytes: u64,
+    working_bytes: u64,
     max_blob_bytes: u64,
     policy: Arc<Policy>,
     ledger: Mutex<Ledger>,
@@ -112,6 +114,8 @@ struct Engine {
     /// The last sequence number that was given.
     sequence: AtomicU64,
     fresh: Mutex<Fresh>,
+    /// Backups that are being made.
+    backups: AtomicUsize,
     /// Until when time has passed for the ages of entries.
     last_minute: Mutex<Instant>,
 }
@@ -142,12 +146,14 @@ impl Embedded {
             database,
             directory,
             limit_bytes: options.max_size_bytes.saturating_sub(working_bytes),
+            working_bytes,
             max_blob_bytes: options.max_blob_bytes,
             policy: Arc::clone(&options.policy),
             sequence: AtomicU64::new(ledger.totals.sequence),
             ledger: Mutex::new(ledger),
             touches: Mutex::new(Vec::new()),
             fresh: Mutex::default(),
+            backups: AtomicUsize::new(0),
             last_minute: Mutex::new(Instant::now()),
         };
         engine.finish_removals()?;
@@ -317,6 +323,10 @@ impl Engine {
         let mut shares = read_shares(&self.database)?;
         shares.take_reserved(&ledger.shares);
         ledger.shares = shares;
+        ledger.doomed.clear();
+        // What is counted as nothing is an upload on its way to its place.
+        ledger.stuck = self.doomed_files()?;
+        ledger.stuck.retain(|file| file.counted_bytes > 0);
         Ok(())
     }
 
@@ -369,6 +379,7 @@ impl DataDirectory {
             blobs: root.join("blobs"),
             quarantine: root.join("quarantine"),
         };
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(root)?;
         fs::create_dir_all(&directory.staging)?;
         fs::create_dir_all(&directory.quarantine)?;
         for first in 0..=u8::MAX {

@@ -141,6 +141,9 @@ impl Worker {
             }
             Outcome::Smaller => {
                 staged.sync().map_err(StoreError::Write)?;
+                while engine.is_backing_up() && !self.end.has_come() {
+                    self.end.rest(REST);
+                }
                 let new = BlobRow { stored_bytes: staged.length, level: Some(self.level), ..row };
                 let outcome =
                     engine.commit_staged(key, new, &mut staged, |ledger, new, staged| {

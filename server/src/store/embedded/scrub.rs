@@ -32,8 +32,9 @@ const REST: Duration = Duration::from_secs(1);
 /// After a failure, of which there may be many.
 const REST_AFTER_FAILURE: Duration = Duration::from_secs(60);
 
-/// Files that are kept in quarantine.
+/// Files that are kept in quarantine, and the part of RocksDB's share of the size that they may take.
 const MAX_QUARANTINED: usize = 8;
+const QUARANTINE_PART: u64 = 8;
 
 /// What a whole pass found.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -85,7 +86,7 @@ impl Worker {
         while !self.end.has_come() {
             let worked = self.step();
             if let Err(error) = &worked {
-                tracing::warn!(%error, "a blob cannot be scrubbed");
+                tracing::warn!(%error, "scrubbing rests");
                 self.end.rest(REST_AFTER_FAILURE);
             }
         }
@@ -110,7 +111,10 @@ impl Worker {
                 pass.is_over = true;
             }
             Some(key) => {
-                let read_bytes = engine.scrub(&key, || self.end.has_come())?.unwrap_or_default();
+                let read = engine.scrub(&key, || self.end.has_come());
+                // One that cannot be read must not keep the others from being checked.
+                let failed = |error: &StoreError| tracing::warn!(%error, "a blob cannot be scrubbed");
+                let read_bytes = read.inspect_err(failed).ok().flatten().unwrap_or_default();
                 self.end.rest(self.pause(read_bytes));
                 // The key that follows it.
                 pass.next = [key.as_slice(), &[0]].concat();
@@ -130,9 +134,9 @@ impl Worker {
 }
 
 impl Engine {
-    /// Whether a build is uploading.
+    /// Whether a build is uploading, or a backup is being made.
     pub(super) fn is_busy(&self) -> bool {
-        self.ledger().reserved_bytes > 0 || self.fresh().is_growing()
+        self.ledger().reserved_bytes > 0 || self.fresh().is_growing() || self.is_backing_up()
     }
 
     /// Reads and checks a blob; `None` where there is none, or `is_over` said so in between.
@@ -147,6 +151,8 @@ impl Engine {
         match is_whole {
             None => return Ok(None),
             Some(true) => {}
+            // Evicted, or compressed again, since its row was read.
+            Some(false) if self.blob_row(key)?.is_none_or(|now| now.home != row.home) => return Ok(None),
             Some(false) => self.quarantine(key, &row)?,
         }
         self.ledger().scrubbed_blobs += 1;
@@ -162,12 +168,12 @@ impl Engine {
         tracing::error!(name, ?seen, "a blob is damaged; it counts as absent from now on");
         self.ledger().damaged_blobs += 1;
         if let Some(name) = name {
-            // Another name beside the old one, which goes with the row.
-            let kept = self.directory.quarantine.join(&name);
+            // Another name beside the old one, which goes with the row; in the order of finding.
+            let kept = self.directory.quarantine.join(format!("{:016x}-{name}", self.next_sequence()));
             if let Err(error) = fs::hard_link(self.directory.blob_path(&name), kept) {
                 tracing::warn!(name, %error, "the damaged file is not kept");
             }
-            self.directory.shorten_quarantine();
+            self.directory.shorten_quarantine(self.working_bytes / QUARANTINE_PART);
         }
         self.mark_lost(key, seen)
     }
@@ -247,14 +253,18 @@ impl Engine {
 }
 
 impl DataDirectory {
-    /// Removes the oldest files from quarantine.
-    fn shorten_quarantine(&self) {
+    /// Removes the files from quarantine that were found first.
+    fn shorten_quarantine(&self, most_bytes: u64) {
         let entries = fs::read_dir(&self.quarantine).into_iter().flatten().flatten();
-        let with_time = |entry: fs::DirEntry| Some((entry.metadata().ok()?.modified().ok()?, entry.path()));
-        let mut files: Vec<_> = entries.filter_map(with_time).collect();
+        let with_size = |entry: fs::DirEntry| Some((entry.path(), entry.metadata().ok()?.len()));
+        let mut files: Vec<_> = entries.filter_map(with_size).collect();
         files.sort_unstable();
-        for (_, path) in files.iter().rev().skip(MAX_QUARANTINED) {
-            let _ = fs::remove_file(path);
+        let mut kept_bytes = 0;
+        for (number, (path, bytes)) in files.iter().rev().enumerate() {
+            kept_bytes += rows::file_bytes(*bytes);
+            if number >= MAX_QUARANTINED || kept_bytes > most_bytes {
+                let _ = fs::remove_file(path);
+            }
         }
     }
 }
