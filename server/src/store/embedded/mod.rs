@@ -49,7 +49,7 @@ mod upload;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, AtomicUsize};
@@ -70,8 +70,8 @@ use self::rows::{BlobHome, BlobRow, Entry};
 pub use self::scrub::ScrubReport;
 use self::shares::Shares;
 use super::{
-    BlobLengths, BlobSource, BlobUpload, OpenBlob, Publication, PutOutcome, Store, StoreError, StoreFuture,
-    StoreStats,
+    BlobLengths, BlobSource, BlobUpload, CHUNK_BYTES, OpenBlob, Publication, PutOutcome, Store, StoreError,
+    StoreFuture, StoreStats,
 };
 use crate::namespace::Namespace;
 use crate::policy::Policy;
@@ -303,7 +303,8 @@ impl Engine {
                 data.map(|data| BlobSource::Memory(Bytes::from(data)))
             }
             BlobHome::File(number) => {
-                self.directory.open_blob(key, number, row.stored_bytes)?.map(BlobSource::File)
+                let file = self.directory.open_blob(key, number, row.stored_bytes)?;
+                file.map(|file| whole_or_file(file, row.stored_bytes)).transpose()?
             }
             BlobHome::Lost => None,
         })
@@ -361,6 +362,16 @@ impl Engine {
         }
         sums
     }
+}
+
+/// What one step of a download would read is read here at once: each step waits for a blocking thread.
+fn whole_or_file(mut file: File, length: u64) -> Result<BlobSource, StoreError> {
+    if length > CHUNK_BYTES as u64 {
+        return Ok(BlobSource::File(file));
+    }
+    let mut bytes = Vec::with_capacity(usize::try_from(length).unwrap_or_default());
+    file.read_to_end(&mut bytes).map_err(StoreError::Read)?;
+    Ok(BlobSource::Memory(bytes.into()))
 }
 
 fn read_shares(database: &Database) -> Result<Shares, StoreError> {
