@@ -254,25 +254,23 @@ async fn a_namespace_with_too_many_uploads_leaves_room_for_the_others() {
     })
     .await;
     let address = server.running.url.trim_start_matches("http://").to_owned();
-    // Two uploads of one namespace that do not go on: one has the only turn, one waits.
+    let third = Blob::noise(9, 1000);
+    // Uploads of one namespace that do not go on: one has the only turn, one waits, for some seconds each. Then:
     let mut waiting = Vec::new();
-    for seed in 0..2 {
-        let digest = Blob::noise(seed, 100).digest;
+    let refused = loop {
+        let digest = Blob::noise(waiting.len() as u64, 100).digest;
         let mut stream = tokio::net::TcpStream::connect(&address).await.unwrap();
         let head =
             format!("PUT /v1/default/blobs/{digest} HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n");
         stream.write_all(head.as_bytes()).await.unwrap();
         waiting.push(stream);
-    }
-    let third = Blob::noise(9, 1000);
-    let mut refused = server.put_bytes(&third.digest, third.frames.clone()).await;
-    for _ in 0..100 {
-        if refused.status() == 429 {
-            break;
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        let put = server.client.put(server.blob_url(&third.digest)).body(third.frames.clone());
+        match put.timeout(Duration::from_millis(500)).send().await {
+            Ok(response) if response.status() == 429 => break response,
+            other => assert!(waiting.len() < 50, "{other:?}"),
         }
-        tokio::time::sleep(Duration::from_millis(20)).await;
-        refused = server.put_bytes(&third.digest, third.frames.clone()).await;
-    }
+    };
     assert_eq!(refused.headers()["retry-after"], "1");
     assert_eq!(error_of(refused).await, (429, "too_many_uploads".to_owned()));
     // Another namespace is told to wait for its turn at most, and reads are not concerned.
