@@ -13,7 +13,7 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use cachec_protocol::message::BlobList;
 use cachec_protocol::pack::Decompressor;
@@ -134,12 +134,16 @@ async fn kill_campaign(kills: u64, meddle: impl Fn(&Path)) {
         served += reads.await.unwrap();
         meddle(data.path());
 
-        let left = files(&data.path().join("staging"));
+        let restarted = SystemTime::now();
         let started = Instant::now();
         let program = Program::start(data.path(), &arguments);
         slowest = slowest.max(started.elapsed());
-        // Recompression may have begun with others.
-        assert!(!left.iter().any(|path| path.exists()), "staging is not swept");
+        // Recompression may have begun with files of its own, by a clock that is some milliseconds late.
+        let is_left = |path: &std::path::PathBuf| {
+            let modified = path.metadata().and_then(|metadata| metadata.modified());
+            modified.is_ok_and(|modified| modified + Duration::from_millis(50) < restarted)
+        };
+        assert!(!files(&data.path().join("staging")).iter().any(is_left), "staging is not swept");
         // The last one of each that was acknowledged is among the newest: a kill forgets nothing.
         for last in acknowledged.iter().filter_map(|blobs| blobs.last()) {
             let response = client.head(url(&program, &last.digest)).send().await.unwrap();
