@@ -78,7 +78,7 @@ pub struct App {
     pub limits: Arc<Limits>,
     upload_slots: Arc<Semaphore>,
     /// Turns that the namespaces of each pattern may have.
-    own_slots: Arc<Mutex<HashMap<String, Arc<Semaphore>>>>,
+    pattern_slots: Arc<Mutex<HashMap<String, Arc<Semaphore>>>>,
     /// Uploads that run or wait for their turn, by namespace.
     uploads: Arc<Mutex<HashMap<Namespace, usize>>>,
     message_memory: Arc<Semaphore>,
@@ -105,7 +105,7 @@ impl App {
             gate,
             metrics,
             upload_slots: Arc::new(Semaphore::new(limits.uploads)),
-            own_slots: Arc::default(),
+            pattern_slots: Arc::default(),
             uploads: Arc::default(),
             message_memory: Arc::new(Semaphore::new(MESSAGE_MEMORY_MIB as usize)),
             limits: Arc::new(limits),
@@ -121,7 +121,7 @@ impl App {
         let upload = self.upload(namespace)?;
         let own = {
             let label = self.gate.policy().label(namespace);
-            let mut slots = self.own_slots.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut slots = self.pattern_slots.lock().unwrap_or_else(PoisonError::into_inner);
             let most = (self.limits.uploads * MOST_TURNS.0 / MOST_TURNS.1).max(1);
             Arc::clone(slots.entry(label).or_insert_with(|| Arc::new(Semaphore::new(most))))
         };

@@ -10,14 +10,9 @@
 mod harness;
 
 use std::path::Path;
-use std::process::Output;
 
 use cachec_protocol::Digest;
-use harness::{Blob, Program, error_of, program};
-
-fn run(arguments: &[&str], data: &Path) -> Output {
-    program().args(arguments).arg("--data").arg(data).output().unwrap()
-}
+use harness::{Blob, Program, error_of, program, run};
 
 fn create(data: &Path, namespace: &str, allow: &str, more: &[&str]) -> String {
     let arguments = [&["token", "create", "--namespace", namespace, "--allow", allow], more].concat();

@@ -14,11 +14,7 @@ use std::process::Output;
 use std::time::Duration;
 
 use cachec_protocol::Digest;
-use harness::{Blob, MIB, Program, TestServer, files, program, result, wait_for};
-
-fn run(arguments: &[&str], data: &Path) -> Output {
-    program().args(arguments).arg("--data").arg(data).output().unwrap()
-}
+use harness::{Blob, MIB, Program, TestServer, files, result, run, wait_for};
 
 fn text(output: &Output) -> String {
     String::from_utf8_lossy(&[output.stdout.as_slice(), &output.stderr].concat()).into_owned()

@@ -298,11 +298,11 @@ impl Build {
         tokio::spawn(async move {
             if let Some(remote) = &agent.remote {
                 remote.reads.resumed().await;
-            }
-            if let Some(remote) = agent.remote.as_ref().filter(|remote| !remote.reads.is_open())
-                && let Err(error) = build.receive(remote, packs).await
-            {
-                tracing::info!("the last build's stream ended early: {error}");
+                if !remote.reads.is_open()
+                    && let Err(error) = build.receive(remote, packs).await
+                {
+                    tracing::info!("the last build's stream ended early: {error}");
+                }
             }
             build.progress.send_modify(|progress| progress.streams -= 1);
         });

@@ -105,9 +105,8 @@ mod tests {
 
     use super::*;
 
-    #[test]
-    fn a_result_is_kept_as_it_was_sent_with_fields_of_later_versions() {
-        let result = StoredResult {
+    fn result() -> StoredResult {
+        StoredResult {
             action_key: ActionKey::from_bytes([1; 32]),
             input_set: InputSet::default(),
             outputs: vec![],
@@ -116,7 +115,12 @@ mod tests {
             compile_ms: 7,
             pack: None,
             signature: None,
-        };
+        }
+    }
+
+    #[test]
+    fn a_result_is_kept_as_it_was_sent_with_fields_of_later_versions() {
+        let result = result();
         let mut encoded = encode(&result);
         // One more field: 99, with value 5.
         encoded[0] += 1;
@@ -135,16 +139,7 @@ mod tests {
     #[test]
     fn a_signature_that_nobody_has_made_is_refused() {
         let signer = Ed25519KeyPair::from_seed_unchecked(&[7; 32]).unwrap();
-        let mut result = StoredResult {
-            action_key: ActionKey::from_bytes([1; 32]),
-            input_set: InputSet::default(),
-            outputs: vec![],
-            stdout: vec![],
-            stderr: vec![],
-            compile_ms: 7,
-            pack: None,
-            signature: None,
-        };
+        let mut result = result();
         assert!(is_rightly_signed(&result));
         let mut signature = Signature { key: [0; 32], bytes: [0; 64] };
         signature.key.copy_from_slice(signer.public_key().as_ref());

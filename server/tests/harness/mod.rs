@@ -5,7 +5,7 @@
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{self, Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -266,6 +266,11 @@ pub(crate) fn program() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_cachec-server"));
     command.env_remove("CACHEC_SERVER_DATA");
     command
+}
+
+/// Runs a command of the program on a data directory.
+pub(crate) fn run(arguments: &[&str], data: &Path) -> process::Output {
+    program().args(arguments).arg("--data").arg(data).output().unwrap()
 }
 
 impl Program {

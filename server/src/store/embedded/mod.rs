@@ -57,7 +57,6 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use cachec_protocol::digest::DIGEST_BYTES;
 use cachec_protocol::message::Manifest;
 use cachec_protocol::{ActionKey, Digest};
 
@@ -411,8 +410,7 @@ impl DataDirectory {
     /// The name of the file of a blob row.
     fn blob_name(key: &[u8], number: u64) -> Result<String, StoreError> {
         let digest = Digest::from_bytes(rows::key_digest(key)?);
-        let namespace = key.get(..key.len().saturating_sub(DIGEST_BYTES + 1)).unwrap_or_default();
-        let namespace = std::str::from_utf8(namespace).map_err(|_| StoreError::DamagedRow("key"))?;
+        let namespace = rows::key_namespace(key)?;
         Ok(format!("{digest}-{number:016x}-{namespace}"))
     }
 
