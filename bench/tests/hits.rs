@@ -223,6 +223,48 @@ fn after_a_restored_build_cargo_finds_everything_fresh() -> Result<()> {
 }
 
 #[test]
+fn a_restored_checkout_stays_fresh_while_another_is_restored() -> Result<()> {
+    let mut bench = with_local_tier()?;
+    bench.build(&[])?;
+    let elsewhere = tempfile::tempdir()?;
+    let another = bench.project.copy_to(&elsewhere.path().join("checkout"))?;
+    // Its libraries are the tier's own files.
+    assert_eq!(bench.rebuild()?.compiled, NOTHING);
+    let first = std::mem::replace(&mut bench.project, another);
+    assert_eq!(bench.rebuild()?.compiled, NOTHING);
+    let second = std::mem::replace(&mut bench.project, first);
+    for checkout in [None, Some(second)] {
+        bench.project = checkout.unwrap_or(bench.project);
+        let again = bench.build(&["-v"])?;
+        assert_eq!(again.compiled, NOTHING);
+        assert_eq!(again.stderr.matches("Fresh ").count(), 3, "{}", again.stderr);
+    }
+    Ok(())
+}
+
+#[test]
+fn restoring_over_what_was_restored_leaves_nothing_else() -> Result<()> {
+    let bench = with_local_tier()?;
+    bench.project.write("leaf/build.rs", "fn main() {}\n")?;
+    bench.build(&[])?;
+    bench.rebuild()?;
+    // The script's program is linked to the very file that it is.
+    let source = bench.project.root.join("leaf/build.rs");
+    fs::File::options().append(true).open(source)?.set_modified(std::time::SystemTime::now())?;
+    let again = bench.build(&["-v"])?;
+    assert_eq!(again.compiled, NOTHING);
+    assert_eq!(again.stderr.matches("Fresh ").count(), 0, "{}", again.stderr);
+    let built = bench.project.root.join("target/debug/build");
+    for directory in fs::read_dir(built)?.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()? {
+        for entry in fs::read_dir(directory)? {
+            let name = entry?.file_name().to_string_lossy().into_owned();
+            assert!(!name.starts_with(".cachec-"), "{name}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn a_changed_input_compiles_what_depends_on_it() -> Result<()> {
     let bench = with_local_tier()?;
     bench.build(&[])?;

@@ -19,7 +19,7 @@ use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
@@ -27,7 +27,7 @@ use std::time::{Duration, SystemTime};
 use cachec_protocol::message::{MAX_MANIFEST_RESULTS, PublishRequest};
 use cachec_protocol::{ActionKey, Digest, ResultKey, StoredResult, decode, encode};
 
-use rustix::fs::AtFlags;
+use rustix::fs::{AtFlags, FlockOperation, Timespec, Timestamps, UTIME_NOW};
 
 use crate::memo::{Identity, Memo};
 
@@ -123,6 +123,30 @@ impl LocalTier {
         }
         let _ = fs::remove_file(&path);
         Err(io::Error::new(io::ErrorKind::InvalidData, "corrupt object"))
+    }
+
+    /// Gives an object that has no other name a second one, and the present time; says whether it could. Where others
+    /// have it, its time is theirs.
+    pub(crate) fn lend(&self, (object, verified): &(PathBuf, Identity), name: &Path) -> bool {
+        let lend = || -> io::Result<bool> {
+            let file = File::open(object)?;
+            // Agents that share the tier take turns; the second finds two names.
+            rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+            let metadata = file.metadata()?;
+            if metadata.nlink() != 1 || Identity::of(&metadata) != *verified {
+                return Ok(false);
+            }
+            fs::hard_link(object, name)?;
+            let now = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
+            let is_fresh =
+                rustix::fs::futimens(&file, &Timestamps { last_access: now, last_modification: now });
+            if is_fresh.is_err() || !Identity::of(&fs::metadata(name)?).same_file(verified) {
+                fs::remove_file(name)?;
+                return Ok(false);
+            }
+            Ok(true)
+        };
+        lend().unwrap_or(false)
     }
 
     /// A new file for an object's content; see [`Self::keep_object`].
@@ -334,6 +358,27 @@ mod tests {
         fs::write(tier.object_path(&digest), b"CONTENT").unwrap();
         assert_eq!(tier.object(&digest, &memo).unwrap_err().kind(), io::ErrorKind::InvalidData);
         assert_eq!(tier.object(&digest, &memo).unwrap_err().kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn an_object_is_lent_once_and_with_the_present_time() {
+        let directory = tempfile::tempdir().unwrap();
+        let memo = Memo::default();
+        let tier = LocalTier::open(directory.path(), 1 << 20).unwrap();
+        let digest = store(&tier, &memo, 1, b"content").outputs[0].digest;
+        let path = tier.object_path(&digest);
+        File::options().append(true).open(&path).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
+        let object = tier.object(&digest, &memo).unwrap();
+        let name = |name: &str| directory.path().join(name);
+        assert!(tier.lend(&object, &name("first")));
+        let lent = fs::metadata(name("first")).unwrap();
+        assert!(lent.modified().unwrap().elapsed().unwrap() < Duration::from_secs(60));
+        let object = tier.object(&digest, &memo).unwrap();
+        assert!(!tier.lend(&object, &name("second")) && !name("second").exists());
+        // Again its only one, but not what was verified.
+        fs::remove_file(name("first")).unwrap();
+        fs::write(&path, b"CONTENT").unwrap();
+        assert!(!tier.lend(&object, &name("third")) && !name("third").exists());
     }
 
     #[test]

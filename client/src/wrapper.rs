@@ -303,7 +303,12 @@ fn rename_all(renames: &[Rename]) -> io::Result<()> {
             (Path::new(OsStr::from_bytes(&rename.staged)), Path::new(OsStr::from_bytes(&rename.destination)));
         match fs::rename(staged, destination) {
             Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => replace(staged, destination),
-            outcome => outcome,
+            Ok(()) => {
+                // Renaming a file to another of its own names does nothing, and leaves both.
+                let _ = fs::remove_file(staged);
+                Ok(())
+            }
+            failed => failed,
         }
     })
 }

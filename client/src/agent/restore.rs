@@ -1,10 +1,10 @@
 //! Staging a result's outputs beside their destinations.
 //!
 //! Every byte is checked against its digest before the wrapper hears of a hit. Files that nobody edits in
-//! place (the `.rlib` of a dependency, which rustc replaces by a rename; a build script's program, which is kept
-//! beside its launcher) may be hard links into the local
-//! tier; as their mtime is that of the first restore, this needs a fresh `.rmeta` beside them, since cargo
-//! looks at the newest output of a unit. What the user asked for is never a link.
+//! place (libraries, which compilers replace whole; a build script's program, which is kept beside its launcher)
+//! are hard links into the local tier. Where the object had no other name, it gets the present time with it.
+//! Otherwise its mtime is that of an earlier restore, and this needs a fresh `.rmeta` beside it, since cargo
+//! looks at the newest output of a unit. A program that the user asked for is never a link.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -38,6 +38,8 @@ struct Staged {
     destination: PathBuf,
     identity: Identity,
     digest: Digest,
+    /// Whether no other checkout looks at its time.
+    has_own_time: bool,
 }
 
 /// All outputs of a result, staged.
@@ -67,7 +69,9 @@ pub(crate) fn from_local(
     for output in &result.outputs {
         files.push(match (&output.inline, output.kind) {
             (Some(bytes), _) => stager.stage_bytes(output, bytes)?,
-            (None, OutputKind::Binary) => Some(stager.place(output, &tier.object(&output.digest, memo)?)?),
+            (None, OutputKind::Binary) => {
+                Some(stager.place(output, &tier.object(&output.digest, memo)?, tier)?)
+            }
             (None, _) => stager.stage_bytes(output, &fs::read(tier.object(&output.digest, memo)?.0)?)?,
         });
     }
@@ -108,7 +112,7 @@ pub(crate) fn from_pack(
                 let mut staged = tier.stage()?;
                 copy_checked(&mut part, staged.as_file_mut(), output)?;
                 tier.keep_object(staged.into_temp_path(), &output.digest, memo)?;
-                Some(stager.place(output, &tier.object(&output.digest, memo)?)?)
+                Some(stager.place(output, &tier.object(&output.digest, memo)?, tier)?)
             }
             (OutputKind::Binary, None) => {
                 let mut staged = stager.new_file(output)?;
@@ -185,7 +189,7 @@ impl Restored {
                 Some(staged.path().join(file.destination.strip_prefix(destination).ok()?))
             });
             let Some(path) = file.path.as_deref().or(in_tree.as_deref()) else { continue };
-            if fs::metadata(path)?.nlink() == 1 {
+            if file.has_own_time {
                 set_modified(path, time)?;
                 file.identity = Identity::of(&fs::metadata(path)?);
             }
@@ -267,9 +271,9 @@ impl<'a> Stager<'a> {
         let destination = self.destination(&output.name);
         if self.tree.is_some() {
             path.persist_noclobber(self.directory.join(&output.name)).map_err(io::Error::from)?;
-            return Ok(Staged { path: None, destination, identity, digest });
+            return Ok(Staged { path: None, destination, identity, digest, has_own_time: true });
         }
-        Ok(Staged { path: Some(path), destination, identity, digest })
+        Ok(Staged { path: Some(path), destination, identity, digest, has_own_time: true })
     }
 
     /// Where an output goes: beside its place, for the program of a build script.
@@ -312,38 +316,49 @@ impl<'a> Stager<'a> {
     }
 
     /// Clones, else hard-links where that is safe, else copies a verified object.
-    fn place(&self, output: &Output, (object, verified): &(PathBuf, Identity)) -> io::Result<Staged> {
+    fn place(&self, output: &Output, object: &(PathBuf, Identity), tier: &LocalTier) -> io::Result<Staged> {
         let mut staged = self.new_file(output)?;
-        let cloned = rustix::fs::ioctl_ficlone(staged.as_file(), File::open(object)?).is_ok();
-        if !cloned && self.may_link(output, object) {
-            let path = staged.into_temp_path();
-            fs::remove_file(&path)?;
-            if fs::hard_link(object, &path).is_ok() {
-                return self.staged(output, path, output.digest);
+        let (path, verified) = object;
+        let cloned = rustix::fs::ioctl_ficlone(staged.as_file(), File::open(path)?).is_ok();
+        if !cloned && self.may_link(output, path) {
+            let name = staged.into_temp_path();
+            fs::remove_file(&name)?;
+            let has_own_time = tier.lend(object, &name);
+            if has_own_time || self.may_be_old(output) && fs::hard_link(path, &name).is_ok() {
+                return Ok(Staged { has_own_time, ..self.staged(output, name, output.digest)? });
             }
             staged = self.new_file(output)?;
         }
         let unchanged = if cloned {
-            Identity::of(&fs::metadata(object)?) == *verified
+            Identity::of(&fs::metadata(path)?) == *verified
         } else {
-            copy_unchanged(object, verified, staged.as_file_mut())?
+            copy_unchanged(path, verified, staged.as_file_mut())?
         };
         if !unchanged {
             // The object has another link since, or other content: the digest tells.
             staged = self.new_file(output)?;
-            copy_checked(&mut File::open(object)?, staged.as_file_mut(), output)?;
+            copy_checked(&mut File::open(path)?, staged.as_file_mut(), output)?;
         }
         self.staged(output, staged.into_temp_path(), output.digest)
     }
 
-    /// Whether nobody will edit the output, look at its mtime or miss its mode.
+    /// Whether nobody will edit the output or miss its mode.
     fn may_link(&self, output: &Output, object: &Path) -> bool {
-        let has_fresh_companion = self.result.outputs.iter().any(|other| other.name.ends_with(".rmeta"));
         let has_mode = |metadata: fs::Metadata| metadata.mode() & 0o777 == self.permissions(output).mode();
+        let is_library = [".rlib", ".rmeta"].iter().any(|ending| output.name.ends_with(ending));
+        let is_own = is_library || !self.unit.is_primary || self.is_script_program(output);
+        self.tree.is_none() && is_own && fs::metadata(object).is_ok_and(has_mode)
+    }
+
+    /// Whether nobody will look at the output's mtime: cargo finds a newer file of the unit.
+    fn may_be_old(&self, output: &Output) -> bool {
+        let has_fresh_companion = self.result.outputs.iter().any(|other| other.name.ends_with(".rmeta"));
         let is_library = output.name.ends_with(".rlib") && has_fresh_companion && !self.unit.is_primary;
-        // Of its launcher cargo sees a fresh time, too.
-        let is_program = launcher::kept_program(self.unit).is_some_and(|(name, _)| name == output.name);
-        self.tree.is_none() && (is_library || is_program) && fs::metadata(object).is_ok_and(has_mode)
+        is_library || self.is_script_program(output)
+    }
+
+    fn is_script_program(&self, output: &Output) -> bool {
+        launcher::kept_program(self.unit).is_some_and(|(name, _)| name == output.name)
     }
 
     /// The mode that a compiler gives its outputs.
