@@ -1,7 +1,7 @@
 //! The application: what the endpoints share, the routes, and what wraps every request.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::Router;
@@ -19,30 +19,25 @@ use tower::load_shed::LoadShedLayer;
 
 use crate::access::Gate;
 use crate::body;
-use crate::endpoints::{blobs, builds, fetch, lookup, missing, probes, results, token};
+use crate::endpoints::{blobs, builds, clients, fetch, lookup, missing, probes, results, token};
 use crate::error::ApiError;
 use crate::metrics::Metrics;
 use crate::namespace::Namespace;
 use crate::store::Store;
+use crate::turns::{Turn, Turns, acquire};
 
 /// Memory that bodies held as a whole may take together, in MiB: lookups' answers and publications.
 pub const MESSAGE_MEMORY_MIB: u32 = 256;
 
-/// How long an upload waits for its turn before it is told to come back; clients wait longer for the answer.
-const UPLOAD_WAIT: Duration = Duration::from_secs(5);
-
 /// How long a message waits for memory. A client that looks something up waits two seconds in all.
 const MESSAGE_WAIT: Duration = Duration::from_secs(1);
-
-/// The part of all turns that uploads into the namespaces of one pattern may have, so that others get theirs.
-const MOST_TURNS: (usize, usize) = (3, 4);
 
 /// What bounds the work of one server.
 #[derive(Debug, Clone)]
 pub struct Limits {
     /// Uploads at a time. Each takes up to about 33 MiB of memory and one blocking thread.
     pub uploads: usize,
-    /// Requests at a time, of which uploads of one namespace are at most half. One that waits for its turn may have
+    /// Requests at a time, of which uploads into the namespaces of one pattern are at most half. One that waits for its turn may have
     /// filled an HTTP/2 window of 512 KiB.
     pub requests: usize,
     /// Longest silence within a body, and the head start that a slow body has.
@@ -76,24 +71,10 @@ pub struct App {
     pub metrics: Arc<Metrics>,
     /// What bounds the work.
     pub limits: Arc<Limits>,
-    upload_slots: Arc<Semaphore>,
-    /// Turns that the namespaces of each pattern may have.
-    pattern_slots: Arc<Mutex<HashMap<String, Arc<Semaphore>>>>,
-    /// Uploads that run or wait for their turn, by namespace.
-    uploads: Arc<Mutex<HashMap<Namespace, usize>>>,
+    /// The directory with the clients' programs, if there is one.
+    pub clients: Option<Arc<Path>>,
+    turns: Arc<Turns>,
     message_memory: Arc<Semaphore>,
-}
-
-/// A turn to upload.
-pub struct UploadSlot {
-    _slots: [OwnedSemaphorePermit; 2],
-    _upload: Upload,
-}
-
-/// An upload that runs or waits; counted until it is dropped.
-struct Upload {
-    uploads: Arc<Mutex<HashMap<Namespace, usize>>>,
-    namespace: Namespace,
 }
 
 impl App {
@@ -104,9 +85,8 @@ impl App {
             store,
             gate,
             metrics,
-            upload_slots: Arc::new(Semaphore::new(limits.uploads)),
-            pattern_slots: Arc::default(),
-            uploads: Arc::default(),
+            clients: None,
+            turns: Arc::new(Turns::new(limits.uploads, limits.requests)),
             message_memory: Arc::new(Semaphore::new(MESSAGE_MEMORY_MIB as usize)),
             limits: Arc::new(limits),
         }
@@ -115,28 +95,9 @@ impl App {
     /// Waits for a turn to upload.
     ///
     /// # Errors
-    /// [`ApiError::OVERLOADED`] where none comes soon, [`ApiError::TOO_MANY_UPLOADS`] where too many of the namespace
-    /// wait already, so that it cannot keep the others out.
-    pub async fn upload_slot(&self, namespace: &Namespace) -> Result<UploadSlot, ApiError> {
-        let upload = self.upload(namespace)?;
-        let own = {
-            let label = self.gate.policy().label(namespace);
-            let mut slots = self.pattern_slots.lock().unwrap_or_else(PoisonError::into_inner);
-            let most = (self.limits.uploads * MOST_TURNS.0 / MOST_TURNS.1).max(1);
-            Arc::clone(slots.entry(label).or_insert_with(|| Arc::new(Semaphore::new(most))))
-        };
-        let own = acquire(&own, 1, UPLOAD_WAIT).await?;
-        Ok(UploadSlot { _slots: [own, acquire(&self.upload_slots, 1, UPLOAD_WAIT).await?], _upload: upload })
-    }
-
-    fn upload(&self, namespace: &Namespace) -> Result<Upload, ApiError> {
-        let mut uploads = self.uploads.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = uploads.entry(namespace.clone()).or_default();
-        if *count >= self.limits.requests.div_ceil(2) {
-            return Err(ApiError::TOO_MANY_UPLOADS);
-        }
-        *count += 1;
-        Ok(Upload { uploads: Arc::clone(&self.uploads), namespace: namespace.clone() })
+    /// As [`Turns::take`].
+    pub async fn upload_turn(&self, namespace: &Namespace) -> Result<Turn, ApiError> {
+        self.turns.take(self.gate.policy().label(namespace)).await
     }
 
     /// Waits until so much memory for whole messages is free.
@@ -148,31 +109,10 @@ impl App {
     }
 }
 
-impl Drop for Upload {
-    fn drop(&mut self) {
-        let mut uploads = self.uploads.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = uploads.get_mut(&self.namespace) {
-            *count -= 1;
-            if *count == 0 {
-                uploads.remove(&self.namespace);
-            }
-        }
-    }
-}
-
 /// Whole mebibytes that hold so many bytes.
 #[must_use]
 pub fn mebibytes(bytes: usize) -> u32 {
     u32::try_from(bytes.div_ceil(1 << 20)).unwrap_or(u32::MAX)
-}
-
-async fn acquire(
-    semaphore: &Arc<Semaphore>,
-    permits: u32,
-    wait: Duration,
-) -> Result<OwnedSemaphorePermit, ApiError> {
-    let acquired = tokio::time::timeout(wait, Arc::clone(semaphore).acquire_many_owned(permits)).await;
-    acquired.ok().and_then(Result::ok).ok_or(ApiError::OVERLOADED)
 }
 
 /// What is for operators alone.
@@ -199,6 +139,8 @@ pub fn router(app: App, with_metrics: bool) -> Router {
         .route("/v1/{namespace}/builds/{build_key}", get(builds::get))
         .route("/v1/{namespace}/results/{result_key}", put(results::put))
         .route("/v1/{namespace}/token", post(token::post))
+        .route("/client/{machine}", get(clients::get))
+        .route("/install.sh", get(clients::install_script))
         .layer(overload)
         .route("/healthz", get(probes::health))
         .route("/readyz", get(probes::ready))

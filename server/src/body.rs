@@ -23,9 +23,10 @@ use hyper::body::{Frame, SizeHint};
 use minicbor::Decode;
 use tokio::sync::mpsc;
 
-use crate::app::{App, UploadSlot};
+use crate::app::App;
 use crate::error::ApiError;
 use crate::store::{BlobReader, OpenBlob};
+use crate::turns::Turn;
 
 /// Pieces of a body that wait between the connection and the thread that verifies it.
 const WAITING_PIECES: usize = 4;
@@ -209,14 +210,14 @@ pub struct PieceReader {
     piece: Bytes,
     ended: bool,
     /// Held until the thread is done, also where the request that began it is gone.
-    _slot: UploadSlot,
+    _turn: Turn,
 }
 
 /// Connects a body with a thread that reads it.
 #[must_use]
-pub fn pieces(slot: UploadSlot) -> (mpsc::Sender<Piece>, PieceReader) {
+pub fn pieces(turn: Turn) -> (mpsc::Sender<Piece>, PieceReader) {
     let (sender, receiver) = mpsc::channel(WAITING_PIECES);
-    (sender, PieceReader { pieces: receiver, piece: Bytes::new(), ended: false, _slot: slot })
+    (sender, PieceReader { pieces: receiver, piece: Bytes::new(), ended: false, _turn: turn })
 }
 
 impl Read for PieceReader {

@@ -39,6 +39,12 @@ pub enum Command {
         #[command(flatten)]
         data: DataArguments,
     },
+    /// Ask a running server whether it can serve; for health checks in images that have no other client
+    Health {
+        /// Its URL
+        #[arg(long, default_value = "http://127.0.0.1:7373")]
+        url: String,
+    },
     /// Create, list and revoke tokens; works while the server runs
     #[command(subcommand)]
     Token(TokenCommand),

@@ -43,6 +43,9 @@ use crate::tls::TlsFiles;
 /// Below this, RocksDB's own files would be most of the store.
 const MIN_SIZE: ByteSize = ByteSize::mib(8);
 
+/// Where the clients' programs are, unless something else is said.
+const CLIENTS: &str = "/usr/local/share/cachec/clients";
+
 /// What the file's section `[server]`, the environment or flags say.
 #[derive(Debug, Default, Args, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -66,6 +69,10 @@ pub struct Settings {
     /// How long entries stay that nobody uses, in time that the server runs [default: until the room is needed]
     #[arg(long, env = "CACHEC_SERVER_MAX_AGE")]
     max_age: Option<Age>,
+    /// Directory with the client's program for each machine (x86_64-linux), for /install.sh and /client/MACHINE
+    /// [default: /usr/local/share/cachec/clients]
+    #[arg(long, env = "CACHEC_SERVER_CLIENTS")]
+    clients: Option<PathBuf>,
     /// Certificate for TLS, with those of the authorities in between (PEM); looked at again once a minute
     #[arg(long, env = "CACHEC_SERVER_TLS_CERTIFICATE")]
     tls_certificate: Option<PathBuf>,
@@ -125,6 +132,7 @@ impl Settings {
             max_size: self.max_size.or(other.max_size),
             max_blob_size: self.max_blob_size.or(other.max_blob_size),
             max_age: self.max_age.or(other.max_age),
+            clients: self.clients.or(other.clients),
             tls_certificate: self.tls_certificate.or(other.tls_certificate),
             tls_key: self.tls_key.or(other.tls_key),
             max_connections: self.max_connections.or(other.max_connections),
@@ -206,6 +214,7 @@ impl Config {
         server.metrics_listen = settings.metrics_listen;
         server.identities = file.identity;
         server.tls = tls;
+        server.clients = Some(settings.clients.unwrap_or_else(|| CLIENTS.into()));
         let number = |setting: Option<u32>, default: usize| {
             setting.map_or(default, |number| usize::try_from(number.max(1)).unwrap_or(usize::MAX))
         };

@@ -5,7 +5,7 @@
 //! | 400 | `malformed_request`, `invalid_digest`, `invalid_namespace`, `length_mismatch`, `body_aborted` |
 //! | 401 | `unauthorized`: no token, or none that is good for this namespace |
 //! | 403 | `forbidden`: the token is good for this namespace, but not for this verb |
-//! | 404 | `not_found` (path), `blob_not_found`, `unknown_protocol` |
+//! | 404 | `not_found` (path), `blob_not_found`, `client_not_found`, `unknown_protocol` |
 //! | 405 | `method_not_allowed` |
 //! | 408 | `body_stalled` |
 //! | 409 | `pack_missing` |
@@ -74,6 +74,12 @@ impl ApiError {
     /// No such blob.
     pub const BLOB_NOT_FOUND: Self =
         Self::new(StatusCode::NOT_FOUND, "blob_not_found", "there is no such blob");
+    /// No client's program for that machine.
+    pub const CLIENT_NOT_FOUND: Self = Self::new(
+        StatusCode::NOT_FOUND,
+        "client_not_found",
+        "this server has no client for that machine; see `clients` in its configuration",
+    );
     /// A protocol version in the path that is not spoken here.
     pub const UNKNOWN_PROTOCOL: Self =
         Self::new(StatusCode::NOT_FOUND, "unknown_protocol", "this protocol version is not spoken here");

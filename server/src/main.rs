@@ -10,11 +10,11 @@ use anyhow::{Context, bail};
 use bytesize::ByteSize;
 use cachec_server::cli::{Cli, Command, ServeArguments, TokenCommand};
 use cachec_server::config::{Config, LogFormat};
-use cachec_server::control;
 use cachec_server::server::Server;
 use cachec_server::store::embedded::{Embedded, EmbeddedOptions};
 use cachec_server::tls::Tls;
 use cachec_server::tokens::Tokens;
+use cachec_server::{control, outbound};
 use clap::Parser;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
@@ -22,12 +22,16 @@ use tracing_subscriber::EnvFilter;
 /// How long calls into the store may still take after the last request.
 const SHUTDOWN_WAIT: Duration = Duration::from_secs(10);
 
+/// A health check that takes longer has failed.
+const HEALTH_TIMEOUT: Duration = Duration::from_secs(5);
+
 fn main() -> anyhow::Result<()> {
     match Cli::parse_from(with_default_command(std::env::args_os().collect())).command {
         Command::Serve(arguments) => serve(arguments),
         Command::CheckConfig(arguments) => check_config(arguments),
         Command::Backup { data, to } => backup(&data.directory()?, &to),
         Command::Scrub { data } => scrub(&data.directory()?),
+        Command::Health { url } => health(&url),
         Command::Token(command) => token(command),
     }
 }
@@ -136,6 +140,18 @@ fn scrub(data: &Path) -> anyhow::Result<()> {
             "not everything was as it should be; what is damaged counts as absent now, and lies in {}",
             data.join("quarantine").display()
         );
+    }
+    Ok(())
+}
+
+fn health(url: &str) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let url = format!("{}/readyz", url.trim_end_matches('/'));
+    let ask =
+        async { outbound::client(HEALTH_TIMEOUT)?.build()?.get(&url).send().await.context(url.clone()) };
+    let status = runtime.block_on(ask)?.status();
+    if !status.is_success() {
+        bail!("{url}: {status}");
     }
     Ok(())
 }

@@ -10,7 +10,7 @@ use rustls::{ClientConfig, RootCertStore};
 ///
 /// # Errors
 /// TLS cannot be set up.
-pub(crate) fn client(timeout: Duration) -> anyhow::Result<reqwest::ClientBuilder> {
+pub fn client(timeout: Duration) -> anyhow::Result<reqwest::ClientBuilder> {
     let mut roots = RootCertStore::empty();
     roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
     if roots.is_empty() {

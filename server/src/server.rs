@@ -2,6 +2,7 @@
 
 use std::future::Future;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,6 +27,9 @@ const MAINTENANCE_INTERVAL: Duration = Duration::from_secs(1);
 /// How often the certificate's files are looked at.
 const TLS_INTERVAL: Duration = Duration::from_secs(60);
 
+/// Connections at a time to the address for metrics.
+const METRICS_CONNECTIONS: usize = 64;
+
 /// What a server is started with.
 #[derive(Debug, Clone)]
 pub struct ServerOptions {
@@ -41,6 +45,8 @@ pub struct ServerOptions {
     pub scrub_interval: Option<Duration>,
     /// Whether it may listen beyond loopback without tokens.
     pub open: bool,
+    /// A directory with the clients' programs, which are handed out.
+    pub clients: Option<PathBuf>,
     /// Who CI jobs may be.
     pub identities: Vec<Issuer>,
     /// What makes connections secure, if they are to be.
@@ -66,6 +72,7 @@ impl ServerOptions {
             recompress_level: None,
             scrub_interval: None,
             open: false,
+            clients: None,
             identities: Vec::new(),
             tls: None,
             max_connections: 4096,
@@ -129,7 +136,9 @@ impl Server {
         let metrics = Arc::new(Metrics::new()?);
         let layered = Layered::new(store.clone(), Arc::clone(&options.store.policy));
         let metered = Metered::new(layered, Arc::clone(&metrics));
-        let app = App::new(Arc::new(metered), Arc::new(gate), metrics, options.limits.clone());
+        let clients = options.clients.as_deref().map(Arc::from);
+        let mut app = App::new(Arc::new(metered), Arc::new(gate), metrics, options.limits.clone());
+        app.clients = clients;
         Ok(Self { address: listener.local_addr()?, listener, metrics_listener, store, app, tls, options })
     }
 
@@ -169,7 +178,7 @@ impl Server {
                 self.app.clone(),
                 options.metrics_listen.is_none() && options.listen.ip().is_loopback(),
             ),
-            deadlines: options.deadlines,
+            deadlines: options.deadlines.clone(),
             max_connections: options.max_connections,
             max_connections_per_address: options.max_connections_per_address,
             tls: self.tls.as_ref().map(Tls::acceptor).transpose()?,
@@ -180,12 +189,15 @@ impl Server {
             Err(error) => tracing::warn!(%error, "there is no socket for commands"),
         }
         if let Some(listener) = self.metrics_listener {
-            let router = app::probes_router(self.app);
-            tasks.spawn(async move {
-                if let Err(error) = axum::serve(listener, router).await {
-                    tracing::error!(%error, "metrics are not answered any more");
-                }
-            });
+            let connections = Connections {
+                router: app::probes_router(self.app.clone()),
+                metrics: Arc::clone(&self.app.metrics),
+                deadlines: options.deadlines.clone(),
+                max_connections: METRICS_CONNECTIONS,
+                max_connections_per_address: METRICS_CONNECTIONS,
+                tls: None,
+            };
+            tasks.spawn(connection::serve(listener, connections, std::future::pending()));
         }
         tasks.spawn(maintain(self.store));
         if let Some(tls) = self.tls {

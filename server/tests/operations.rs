@@ -10,9 +10,13 @@
 mod harness;
 
 use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
 
 use harness::{Blob, TestServer, program, result};
+use tokio::io::AsyncReadExt;
 
 fn deploy(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy").join(name)
@@ -108,13 +112,20 @@ async fn dashboard_and_alerts_use_metrics_that_exist() {
 #[tokio::test(flavor = "multi_thread")]
 async fn metrics_have_a_place_of_their_own() {
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let server = TestServer::start_with(64 << 20, |options| options.metrics_listen = Some(port)).await;
+    let server = TestServer::start_with(64 << 20, |options| {
+        options.metrics_listen = Some(port);
+        options.deadlines.first_request = Duration::from_millis(500);
+    })
+    .await;
     let status = async |url: String| server.client.get(url).send().await.unwrap().status().as_u16();
     assert_eq!(status(server.url("/metrics")).await, 404);
     assert_eq!(status(server.url("/healthz")).await, 200);
     assert_eq!(status(format!("http://{port}/metrics")).await, 200);
     assert_eq!(status(format!("http://{port}/readyz")).await, 200);
     assert_eq!(status(format!("http://{port}/v1/default/blobs/00")).await, 404);
+    let mut silent = tokio::net::TcpStream::connect(port).await.unwrap();
+    let closed = tokio::time::timeout(Duration::from_secs(20), async { silent.read(&mut [0; 16]).await });
+    assert_eq!(closed.await.expect("it goes on waiting").unwrap_or(0), 0);
     // Beyond loopback they are nowhere, unless told where.
     let public = TestServer::start_with(64 << 20, |options| {
         options.listen.set_ip([0, 0, 0, 0].into());
@@ -123,4 +134,27 @@ async fn metrics_have_a_place_of_their_own() {
     .await;
     let url = public.url("/metrics").replace("0.0.0.0", "127.0.0.1");
     assert_eq!(status(url).await, 404);
+}
+
+#[test]
+fn the_log_is_json_where_that_is_asked_for() {
+    let data = tempfile::tempdir().unwrap();
+    let mut child = harness::program()
+        .args(["serve", "--listen", "127.0.0.1:0", "--log-format", "json", "--data"])
+        .arg(data.path())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    BufReader::new(child.stdout.take().unwrap()).read_line(&mut String::new()).unwrap();
+    rustix::process::kill_process(rustix::process::Pid::from_child(&child), rustix::process::Signal::TERM)
+        .unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let log = String::from_utf8(output.stderr).unwrap();
+    assert!(!log.is_empty());
+    for line in log.lines() {
+        let line: serde_json::Value = serde_json::from_str(line).expect(line);
+        assert!(["timestamp", "level", "target"].iter().all(|key| line[key].is_string()), "{line}");
+    }
 }

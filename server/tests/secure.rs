@@ -59,13 +59,15 @@ async fn a_handshake_that_does_not_end_is_given_up() {
     let server = TestServer::start_with(64 * MIB, |options| {
         options.tls = Some(files);
         options.deadlines.handshake = Duration::from_millis(200);
+        options.deadlines.first_request = Duration::from_secs(3600);
     })
     .await;
     let address = server.running.url.trim_start_matches("https://").to_owned();
     let mut silent = tokio::net::TcpStream::connect(&address).await.unwrap();
     // The start of a handshake, and no more of it.
     silent.write_all(&[0x16, 3, 1, 2]).await.unwrap();
-    assert_eq!(silent.read(&mut [0; 16]).await.unwrap_or(0), 0);
+    let closed = tokio::time::timeout(Duration::from_secs(20), async { silent.read(&mut [0; 16]).await });
+    assert_eq!(closed.await.expect("it goes on waiting").unwrap_or(0), 0);
     let health = trusting(root).get(server.url("/healthz")).send().await.unwrap();
     assert_eq!(health.status(), 200);
 }

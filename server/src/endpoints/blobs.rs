@@ -68,7 +68,7 @@ async fn receive(
     if app.store.missing_blobs(namespace.clone(), vec![digest]).await?.is_empty() {
         return Ok(PutOutcome::Existed);
     }
-    let (sender, reader) = body::pieces(app.upload_slot(&namespace).await?);
+    let (sender, reader) = body::pieces(app.upload_turn(&namespace).await?);
     let stored_bytes = body.announced_bytes();
     let upload = BlobUpload { namespace, digest, stored_bytes, body: Box::new(reader) };
     let (kept, pumped) = tokio::join!(app.store.put_blob(upload), body.pump(sender));

@@ -2,6 +2,7 @@
 
 pub mod blobs;
 pub mod builds;
+pub mod clients;
 pub mod fetch;
 pub mod lookup;
 pub mod missing;

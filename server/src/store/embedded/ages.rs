@@ -85,6 +85,7 @@ mod tests {
     use cachec_protocol::Digest;
     use cachec_protocol::pack::{self, UPLOAD_LEVEL};
 
+    use super::MINUTE;
     use crate::store::embedded::{Embedded, EmbeddedOptions};
     use crate::store::{BlobUpload, Store};
 
@@ -156,5 +157,18 @@ mod tests {
             store.engine.pass(1).unwrap();
         }
         assert!(!exists(&store));
+    }
+
+    #[tokio::test]
+    async fn housekeeping_lets_the_time_pass_that_the_server_runs() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = open(directory.path());
+        let (aged, kept) = (put(&store, "pr-1", 1).await, put(&store, "kept", 2).await);
+        for _ in 0..3 {
+            let began = std::time::Instant::now().checked_sub(MINUTE * u32::try_from(5 * DAY).unwrap());
+            *store.engine.last_minute.lock().unwrap() = began.unwrap();
+            store.maintain().await.unwrap();
+        }
+        assert!(!has(&store, "pr-1", aged).await && has(&store, "kept", kept).await);
     }
 }
