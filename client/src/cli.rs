@@ -1,10 +1,11 @@
 //! The commands that people type.
 
+use std::ffi::OsString;
 use std::fs;
 use std::io::Write;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{self, ExitCode};
 
 use anyhow::{Context, bail};
 use clap::{Parser, Subcommand};
@@ -17,8 +18,8 @@ use crate::report;
 use crate::signature::Signer;
 
 /// The first words that are commands; anything else is a compiler.
-const COMMANDS: [&str; 8] =
-    ["agent", "doctor", "flush", "help", "new-key", "serve-leftover", "stats", "stop"];
+const COMMANDS: [&str; 9] =
+    ["agent", "doctor", "flush", "help", "new-key", "serve-leftover", "stats", "stop", "verify"];
 
 /// A compile cache: set RUSTC_WRAPPER=cachec and build.
 #[derive(Debug, Parser)]
@@ -42,6 +43,13 @@ enum Command {
     Flush,
     /// Waits until every result is stored, and ends the agent
     Stop,
+    /// Runs a build that compiles everything, and fails where something is stored that differs from what has come out.
+    /// What cargo finds in its target directory is not compiled: give it a new one
+    Verify {
+        /// The build, for example: cargo build --release --target-dir /tmp/verified
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+        command: Vec<OsString>,
+    },
     /// Makes a key that signs what this machine publishes (CACHEC_SIGN_KEY_FILE), and prints the one for those who
     /// trust it (CACHEC_TRUSTED_KEYS)
     NewKey {
@@ -68,6 +76,7 @@ pub(crate) fn run() -> ExitCode {
         Command::Doctor => return if doctor::run() { ExitCode::SUCCESS } else { ExitCode::FAILURE },
         Command::Flush => ask_running(Control::Flush).map(drop),
         Command::Stop => stop(),
+        Command::Verify { command } => verify(&command),
         Command::NewKey { file } => new_key(&file),
         Command::Agent => agent(),
         Command::ServeLeftover => serve_leftover(),
@@ -95,6 +104,43 @@ fn stats(json: bool) -> anyhow::Result<()> {
     let shown = if json { format!("{text}\n") } else { report::to_text(&text)? };
     // A reader that has seen enough is no error.
     let _ = std::io::stdout().write_all(shown.as_bytes());
+    Ok(())
+}
+
+/// Runs a command with every compile verified.
+fn verify(command: &[OsString]) -> anyhow::Result<()> {
+    let own = std::env::current_exe()?;
+    let run = |words: &[OsString]| -> anyhow::Result<process::Command> {
+        let (program, arguments) = words.split_first().context("no command")?;
+        let mut command = process::Command::new(program);
+        command.args(arguments).env("RUSTC_WRAPPER", &own).env("CACHEC_MODE", "verify");
+        Ok(command)
+    };
+    let ask = |words: &[&str]| {
+        run(&[&[own.clone().into()][..], &words.iter().map(Into::into).collect::<Vec<_>>()].concat())
+    };
+    // What an earlier run has counted is not this one's.
+    ask(&["stop"])?.status()?;
+    let status =
+        run(command)?.status().with_context(|| format!("cannot run {}", command[0].to_string_lossy()))?;
+    if !status.success() {
+        bail!("the build failed: {status}");
+    }
+    let report = ask(&["stats", "--json"])?.output()?;
+    let report: serde_json::Value = serde_json::from_slice(&report.stdout)
+        .context("cachec was not used in this build; `cachec doctor` says why")?;
+    let verified = report["verified"].as_u64().unwrap_or_default();
+    let differing = report["differences"].as_object().map_or(0, serde_json::Map::len);
+    let unknown = report["misses"].as_u64().unwrap_or_default().saturating_sub(verified + differing as u64);
+    println!("{verified} as stored, {differing} differ, {unknown} not stored");
+    if differing > 0 || verified == 0 {
+        ask(&["stats"])?.status()?;
+        bail!(if differing > 0 {
+            "what is stored is not what this build has made"
+        } else {
+            "nothing was compared"
+        });
+    }
     Ok(())
 }
 

@@ -26,6 +26,8 @@ const CONTAINER_MARKERS: [&str; 2] = ["/.dockerenv", "/run/.containerenv"];
 pub(crate) enum Mode {
     ReadWrite,
     ReadOnly,
+    /// Compile, and compare with what is stored.
+    Verify,
     Off,
 }
 
@@ -280,8 +282,11 @@ impl RawConfig {
         let mode = match self.mode.as_deref() {
             None | Some("read-write") => Mode::ReadWrite,
             Some("read-only") => Mode::ReadOnly,
+            Some("verify") => Mode::Verify,
             Some("off") => Mode::Off,
-            Some(other) => return Err(invalid("CACHEC_MODE", other, "use read-write, read-only or off")),
+            Some(other) => {
+                return Err(invalid("CACHEC_MODE", other, "use read-write, read-only, verify or off"));
+            }
         };
         let path_mode = match self.paths.as_deref() {
             None | Some("portable") => PathMode::Portable,

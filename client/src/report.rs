@@ -35,6 +35,13 @@ pub(crate) fn to_text(json: &str) -> serde_json::Result<String> {
     for (reason, count) in sums(&report["refused"]) {
         row("not cached", format!("{count} {reason}"));
     }
+    if number("verified") > 0 {
+        row("as stored", number("verified").to_string());
+    }
+    for (name, parts) in report["differences"].as_object().into_iter().flatten() {
+        let parts = parts.as_array().into_iter().flatten().filter_map(Value::as_str);
+        row("differs", format!("{name}: {}", parts.collect::<Vec<_>>().join(", ")));
+    }
     if let Some(latency) = report["hit_latency"].as_object() {
         let ms = |name: &str| latency.get(name).and_then(Value::as_f64).unwrap_or_default() / 1000.0;
         row("time of a hit", format!("{:.1} ms median, {:.1} ms p99", ms("median_us"), ms("p99_us")));

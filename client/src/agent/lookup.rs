@@ -37,6 +37,20 @@ pub(super) struct Found {
     pub(super) is_deferred: bool,
 }
 
+/// What either tier has for a unit; stages nothing.
+pub(super) async fn stored(agent: &Arc<Agent>, unit: &Arc<Unit>) -> Option<StoredResult> {
+    let local = {
+        let (agent, unit) = (Arc::clone(agent), Arc::clone(unit));
+        blocking(move || matching(&agent, &unit, agent.local.as_ref()?.manifest(&unit.action_key), None))
+            .await
+    };
+    if local.is_some() {
+        return local;
+    }
+    let remote = agent.remote.as_ref().filter(|remote| !remote.reads.is_open())?;
+    fitting(agent, unit, remote.results(unit.action_key).await?, None).await
+}
+
 /// Looks in the local tier, then on the server.
 pub(super) async fn find(agent: &Arc<Agent>, unit: &Arc<Unit>, build: Option<&Arc<Build>>) -> Option<Found> {
     if let Some(build) = build {
@@ -88,12 +102,7 @@ async fn find_remotely(
         Some(results) => results,
         None => remote.results(unit.action_key).await?,
     };
-    let trusted = &agent.config.trusted_keys;
-    let results = results.into_iter().filter(|result| signature::is_accepted(result, trusted)).collect();
-    let result = {
-        let (agent, unit, build) = (Arc::clone(agent), Arc::clone(unit), build.cloned());
-        blocking(move || matching(&agent, &unit, results, build.as_deref())).await?
-    };
+    let result = fitting(agent, unit, results, build).await?;
     let defers = build.is_some_and(|build| agent.config.lazy && build.deferral.is_on());
     let is_deferred = defers && deferral::can_be_deferred(unit, &result);
     let restored = if is_deferred {
@@ -104,6 +113,19 @@ async fn find_remotely(
     };
     remote.save(result.compile_ms);
     Some(Found { restored, tier: Tier::Remote, result, is_deferred })
+}
+
+/// The first of a server's results that is trusted and whose inputs are all the same now.
+async fn fitting(
+    agent: &Arc<Agent>,
+    unit: &Arc<Unit>,
+    results: Vec<StoredResult>,
+    build: Option<&Arc<Build>>,
+) -> Option<StoredResult> {
+    let trusted = &agent.config.trusted_keys;
+    let results = results.into_iter().filter(|result| signature::is_accepted(result, trusted)).collect();
+    let (agent, unit, build) = (Arc::clone(agent), Arc::clone(unit), build.cloned());
+    blocking(move || matching(&agent, &unit, results, build.as_deref())).await
 }
 
 /// How long a pack is waited for that is on its way.

@@ -22,6 +22,7 @@ mod restore;
 mod session;
 mod statistics;
 mod tree;
+mod verify;
 
 pub(crate) use listen::run;
 
@@ -146,6 +147,10 @@ impl Agent {
             self.notify(format!("no help from the server: {complaint}"));
         }
         std::mem::take(&mut self.notices.lock().unwrap_or_else(PoisonError::into_inner).0)
+    }
+
+    fn verifies(&self) -> bool {
+        self.config.mode == Mode::Verify
     }
 
     fn stores(&self) -> bool {

@@ -16,7 +16,7 @@ use tokio_util::io::ReaderStream;
 use super::bundle::{self, Bundle, ScriptProgram};
 use super::prefetch::{Build, NewRecord};
 use super::record::{self, OpenOutputs, Recorded, Stores};
-use super::{Agent, Counted};
+use super::{Agent, Counted, verify};
 use crate::inputs::NotStorable;
 use crate::ipc::Finished;
 use crate::remote::{Remote, RemoteError};
@@ -35,6 +35,8 @@ pub(super) struct Job {
     pub(super) outputs: OpenOutputs,
     pub(super) gate: Option<OwnedMutexGuard<()>>,
     pub(super) build: Option<Arc<Build>>,
+    /// What it is to be compared with, instead of being stored.
+    pub(super) stored: Option<Box<StoredResult>>,
 }
 
 /// Starts storing; returns at once.
@@ -46,8 +48,11 @@ pub(super) fn start(agent: &Arc<Agent>, job: Job) {
     let counted = Counted::new(&agent.pending);
     let agent = Arc::clone(agent);
     tokio::spawn(async move {
-        let Job { unit, finished, outputs, gate, build } = job;
+        let Job { unit, finished, outputs, gate, build, stored } = job;
         match pack(&agent, Arc::clone(&unit), finished, outputs).await {
+            Ok(recorded) if let Some(stored) = stored => {
+                verify::compare(&agent, &unit, &stored, &recorded.publish.result);
+            }
             Ok(recorded) => {
                 // Who waits for the result finds it in the local tier, where there is one.
                 let gate = gate.filter(|_| agent.local.is_none());
@@ -78,7 +83,8 @@ async fn pack(
     let agent = Arc::clone(agent);
     tokio::task::spawn_blocking(move || {
         let wants_pack = agent.writable_remote().is_some();
-        let stores = Stores { memo: &agent.memo, tier: agent.local.as_ref(), wants_pack };
+        let tier = agent.local.as_ref().filter(|_| agent.stores());
+        let stores = Stores { memo: &agent.memo, tier, wants_pack };
         let recorded = record::record(&unit, &finished, outputs, stores)?;
         if let Some(tier) = stores.tier {
             tier.keep_result(&recorded.publish)?;

@@ -16,6 +16,7 @@ use super::{Agent, Counted, DRAIN_TIMEOUT, deferral, launcher, record};
 use crate::invocation::{Invocation, Refusal};
 use crate::ipc::{self, Control, Finished, Request, Response, Run, UnitRequest};
 use crate::unit::{Task, Unit};
+use cachec_protocol::StoredResult;
 
 /// How often a wrapper hears that the agent is alive; a third of what it waits for.
 const HEARTBEAT: Duration = Duration::from_millis(500);
@@ -33,7 +34,8 @@ pub(super) async fn serve(agent: Arc<Agent>, stream: UnixStream) -> io::Result<(
     let mut connection = Connection { stream };
     match connection.receive().await? {
         Request::Unit(request) => {
-            let build = agent.builds.of(wrapper);
+            // A verified build restores nothing, so nothing is to be fetched for it.
+            let build = agent.builds.of(wrapper).filter(|_| !agent.verifies());
             serve_unit(&agent, &mut connection, request, build).await
         }
         Request::Control(control) => serve_control(&agent, &mut connection, control).await,
@@ -71,12 +73,12 @@ async fn serve_unit(
                 run(connection, words, None, agent).await?;
             }
         }
-        Decision::Compile(unit, gate) => {
+        Decision::Compile { unit, gate, stored } => {
             if !matches!(unit.task, Task::Probe) {
                 fulfil(agent, connection, build.as_ref()).await?;
             }
             let arguments = unit.compiler_arguments(&words);
-            let recording = Recording { unit: Arc::clone(&unit), gate, build: build.clone() };
+            let recording = Recording { unit: Arc::clone(&unit), gate, build: build.clone(), stored };
             if run(connection, arguments, Some(recording), agent).await? {
                 launcher = launcher::stage(&unit).map(|staged| (unit, staged));
             }
@@ -112,7 +114,12 @@ async fn serve_unit(
 
 enum Decision {
     Restore(Arc<Unit>, Box<Found>),
-    Compile(Arc<Unit>, Option<OwnedMutexGuard<()>>),
+    Compile {
+        unit: Arc<Unit>,
+        gate: Option<OwnedMutexGuard<()>>,
+        /// What is to be compared with what comes out.
+        stored: Option<Box<StoredResult>>,
+    },
     Refuse,
 }
 
@@ -136,13 +143,16 @@ async fn decide(agent: &Arc<Agent>, request: UnitRequest, build: Option<&Arc<Bui
         agent.notify(INCREMENTAL_NOTICE.to_owned());
     }
     let gate = agent.gates.pass(&unit.action_key).await;
-    match lookup::find(agent, &unit, build).await {
-        Some(found) => Decision::Restore(unit, Box::new(found)),
-        None => {
-            agent.statistics_of(&unit).misses += 1;
-            Decision::Compile(unit, gate)
+    let stored = if agent.verifies() {
+        lookup::stored(agent, &unit).await.map(Box::new)
+    } else {
+        match lookup::find(agent, &unit, build).await {
+            Some(found) => return Decision::Restore(unit, Box::new(found)),
+            None => None,
         }
-    }
+    };
+    agent.statistics_of(&unit).misses += 1;
+    Decision::Compile { unit, gate, stored }
 }
 
 /// What a unit was asked for with, and in which build.
@@ -222,7 +232,7 @@ async fn run(
     agent: &Arc<Agent>,
 ) -> io::Result<bool> {
     let remappings = recording.as_ref().map(|recording| recording.unit.remappings()).unwrap_or_default();
-    let recording = recording.filter(|_| agent.stores());
+    let recording = recording.filter(|recording| agent.stores() || recording.stored.is_some());
     let message = Run {
         arguments: arguments.into_iter().map(Into::into).collect(),
         record: recording.as_ref().map(|recording| recording.unit.places()),
@@ -240,7 +250,7 @@ async fn run(
 }
 
 async fn keep(agent: &Arc<Agent>, recording: Recording, finished: Finished) {
-    let Recording { unit, gate, build } = recording;
+    let Recording { unit, gate, build, stored } = recording;
     if finished.needs_real_paths {
         publish::count_not_stored(agent, &unit, "needs-real-paths");
         return;
@@ -255,7 +265,7 @@ async fn keep(agent: &Arc<Agent>, recording: Recording, finished: Finished) {
     };
     agent.statistics_of(&unit).traced += u64::from(finished.trace.is_some());
     match opening {
-        Ok(Ok(outputs)) => publish::start(agent, Job { unit, finished, outputs, gate, build }),
+        Ok(Ok(outputs)) => publish::start(agent, Job { unit, finished, outputs, gate, build, stored }),
         Ok(Err(reason)) => publish::count_not_stored(agent, &unit, &reason.to_string()),
         Err(_) => publish::count_not_stored(agent, &unit, "internal"),
     }
@@ -276,6 +286,7 @@ struct Recording {
     unit: Arc<Unit>,
     gate: Option<OwnedMutexGuard<()>>,
     build: Option<Arc<Build>>,
+    stored: Option<Box<StoredResult>>,
 }
 
 fn unexpected() -> io::Error {

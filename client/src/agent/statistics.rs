@@ -36,6 +36,10 @@ pub(crate) struct Statistics {
     pub(crate) uploaded: u64,
     /// Restores that failed after a match; the compiler ran.
     pub(crate) failed_restores: u64,
+    /// Compiled units that came out as they are stored (`CACHEC_MODE=verify`).
+    pub(crate) verified: u64,
+    /// Those that did not: crate → names of outputs and streams.
+    pub(crate) differences: BTreeMap<String, Vec<String>>,
     /// Inputs of stored results that were compared with what is here.
     pub(crate) validated_inputs: u64,
     /// Microseconds that this took, first reads of files included.
