@@ -33,6 +33,16 @@ impl Engine {
         }
     }
 
+    /// Counts a blob as used now, where no batch is due; says whether it could.
+    pub(super) fn touch_now(&self, key: &[u8]) -> bool {
+        let mut touches = self.touches.lock().unwrap_or_else(PoisonError::into_inner);
+        let has_room = touches.len() + 1 < MAX_WAITING;
+        if has_room {
+            touches.push((Entry::blob(key), self.next_sequence()));
+        }
+        has_room
+    }
+
     /// Applies all accesses that wait. Lock order: ledger, then touches.
     pub(super) fn apply_touches(&self, ledger: &mut Ledger) -> Result<(), StoreError> {
         let waiting = std::mem::take(&mut *self.touches.lock().unwrap_or_else(PoisonError::into_inner));

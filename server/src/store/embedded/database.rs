@@ -16,7 +16,7 @@ use minicbor::{Decode, Encode};
 use rocksdb::checkpoint::Checkpoint;
 use rocksdb::{
     BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, Direction, IteratorMode, Options,
-    WriteBatch, properties,
+    ReadOptions, ReadTier, WriteBatch, properties,
 };
 
 use super::migration;
@@ -181,6 +181,24 @@ impl Database {
     pub(super) fn get(&self, family: Family, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
         let open = self.read();
         open.db()?.get_cf(open.family(family)?, key).map_err(StoreError::database_read)
+    }
+
+    /// A value that is in memory, if it is; reads nothing from disk and waits for nothing.
+    pub(super) fn cached(&self, family: Family, key: &[u8]) -> Option<Vec<u8>> {
+        let open = Open(self.db.try_read().ok()?);
+        let mut options = ReadOptions::default();
+        options.set_read_tier(ReadTier::BlockCache);
+        // What would have to be read is an error.
+        open.db().ok()?.get_cf_opt(open.family(family).ok()?, key, &options).ok()?
+    }
+
+    /// As [`Self::cached`], decoded.
+    pub(super) fn cached_row<T: Message + for<'b> Decode<'b, ()>>(
+        &self,
+        family: Family,
+        key: &[u8],
+    ) -> Option<T> {
+        rows::decode(&self.cached(family, key)?, family.name()).ok()
     }
 
     /// A small row, decoded.

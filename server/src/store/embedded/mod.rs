@@ -28,14 +28,15 @@
 //! Locks, in order: ledger, then touches or fresh. Whoever writes entries holds the ledger; reads take neither. A
 //! reservation is never dropped with the ledger held.
 //!
-//! Every call that touches RocksDB or a file runs on tokio's blocking threads: most take microseconds, but a
-//! read may wait for the disk and a write for a compaction. A call that was begun runs to its end, even where
+//! Every call that touches RocksDB or a file runs on tokio's blocking threads, but for small blobs that are in memory
+//! (cached.rs): most take microseconds, but a read may wait for the disk and a write for a compaction. A call that was begun runs to its end, even where
 //! the request that made it is gone.
 
 mod access;
 mod ages;
 mod background;
 mod backup;
+mod cached;
 mod database;
 mod eviction;
 mod ledger;
@@ -237,7 +238,11 @@ impl Store for Embedded {
     }
 
     fn open_blob(&self, namespace: Namespace, digest: Digest) -> StoreFuture<'_, Option<OpenBlob>> {
-        self.run(move |engine| engine.open_blob(&rows::row_key(&namespace, digest.as_bytes())))
+        let key = rows::row_key(&namespace, digest.as_bytes());
+        match self.engine.open_cached(&key) {
+            Some(blob) => Box::pin(std::future::ready(Ok(Some(blob)))),
+            None => self.run(move |engine| engine.open_blob(&key)),
+        }
     }
 
     fn missing_blobs(&self, namespace: Namespace, digests: Vec<Digest>) -> StoreFuture<'_, Vec<Digest>> {
@@ -418,10 +423,15 @@ impl DataDirectory {
         self.blobs.join(name.get(..2).unwrap_or_default()).join(name)
     }
 
+    /// Where the file of a blob row is.
+    fn path_of(&self, key: &[u8], number: u64) -> Result<PathBuf, StoreError> {
+        Ok(self.blob_path(&Self::blob_name(key, number)?))
+    }
+
     /// Opens a blob's file; `None` where it is missing or of another length than its row says.
     fn open_blob(&self, key: &[u8], number: u64, length: u64) -> Result<Option<File>, StoreError> {
-        let path = self.blob_path(&Self::blob_name(key, number)?);
-        let opened = File::open(path).and_then(|file| Ok((file.metadata()?.len() == length).then_some(file)));
+        let opened = File::open(self.path_of(key, number)?)
+            .and_then(|file| Ok((file.metadata()?.len() == length).then_some(file)));
         match opened {
             Err(error) if is_absent(&error) => Ok(None),
             opened => opened.map_err(StoreError::Read),
