@@ -52,6 +52,21 @@ pub fn encode<T: Encode<()>>(message: &T) -> Vec<u8> {
     bytes
 }
 
+/// Decodes a list of at most `MOST` values; nothing behind that is held in memory.
+pub(crate) fn decode_list<'b, C, T: Decode<'b, C>, const MOST: usize>(
+    decoder: &mut minicbor::Decoder<'b>,
+    context: &mut C,
+) -> Result<Vec<T>, minicbor::decode::Error> {
+    let mut values = Vec::new();
+    for value in decoder.array_iter_with(context)? {
+        if values.len() == MOST {
+            return Err(minicbor::decode::Error::message("a list is too long"));
+        }
+        values.push(value?);
+    }
+    Ok(values)
+}
+
 /// Decodes one message that fills `bytes` whole.
 ///
 /// # Errors

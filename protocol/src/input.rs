@@ -83,6 +83,7 @@ pub struct Input {
 #[cbor(map)]
 pub struct InputSet {
     #[n(0)]
+    #[cbor(decode_with = "crate::codec::decode_list::<_, _, MAX_INPUTS>")]
     inputs: Vec<Input>,
 }
 
@@ -136,6 +137,7 @@ impl Message for InputSet {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::decode;
 
     fn file(name: &str, content: &str) -> Input {
         Input { kind: InputKind::File, name: name.into(), digest: Some(Digest::of(content.as_bytes())) }
@@ -159,5 +161,16 @@ mod tests {
         ]);
         let expected = "f6ddf4f1d73f6ecd7dab3d64240109bdcd831370d030b2cbdbe2a2dcc8482bd3";
         assert_eq!(set.result_key(&ActionKey::from_bytes([1; 32])).to_string(), expected);
+    }
+
+    #[test]
+    fn a_list_that_is_too_long_is_not_read_to_its_end() {
+        // {0: [{0: 1, 1: h'00'}, …]}, whose length is a lie: what comes after the limit is no CBOR.
+        let mut bytes = vec![0xa1, 0, 0x9a];
+        bytes.extend(6_000_000_u32.to_be_bytes());
+        bytes.extend([0xa2, 0, 1, 1, 0x41, 0].repeat(MAX_INPUTS + 1));
+        bytes.extend([0xff; 100]);
+        let error = decode::<InputSet>(&bytes).unwrap_err().to_string();
+        assert!(error.contains("too long"), "{error}");
     }
 }

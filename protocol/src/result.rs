@@ -87,6 +87,7 @@ pub struct StoredResult {
     pub input_set: InputSet,
     /// What it left, in pack order: `.rmeta` before `.rlib`.
     #[n(2)]
+    #[cbor(decode_with = "crate::codec::decode_list::<_, _, MAX_OUTPUTS>")]
     pub outputs: Vec<Output>,
     /// Standard output, normalised.
     #[n(3)]

@@ -19,6 +19,7 @@ use crate::namespace::Namespace;
 use crate::policy::Policy;
 use crate::sessions::Sessions;
 use crate::tokens::{Grant, Tokens, Verb};
+use crate::turns::Place;
 
 /// Decides who may do what.
 #[derive(Debug)]
@@ -38,7 +39,9 @@ impl Gate {
     /// The directory of tokens cannot be created.
     pub fn open(data: &FilePath, policy: Arc<Policy>, identities: Option<Identities>) -> io::Result<Self> {
         let tokens = Tokens::open(data)?;
-        let sessions = Sessions::new(tokens.directory());
+        let rules =
+            identities.as_ref().map(|identities| format!("{:?}", identities.issuers().collect::<Vec<_>>()));
+        let sessions = Sessions::new(tokens.directory(), &rules.unwrap_or_default());
         Ok(Self { tokens, sessions, identities, policy })
     }
 
@@ -72,11 +75,11 @@ impl Gate {
     }
 }
 
-/// The namespace of a request that may read it.
-pub struct Reader(pub Namespace);
+/// The namespace of a request that may read it, and its place there while it is answered.
+pub struct Reader(pub Namespace, pub Place);
 
-/// The namespace of a request that may write it.
-pub struct Writer(pub Namespace);
+/// The namespace of a request that may write it, likewise.
+pub struct Writer(pub Namespace, pub Place);
 
 /// The namespace of a request of which nothing else is known.
 pub struct Named(pub Namespace);
@@ -100,7 +103,7 @@ impl FromRequestParts<App> for Reader {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
-        authorise(parts, app, Verb::Read).await.map(Self)
+        authorise(parts, app, Verb::Read).await.map(|(namespace, place)| Self(namespace, place))
     }
 }
 
@@ -108,15 +111,18 @@ impl FromRequestParts<App> for Writer {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
-        authorise(parts, app, Verb::Write).await.map(Self)
+        authorise(parts, app, Verb::Write).await.map(|(namespace, place)| Self(namespace, place))
     }
 }
 
-async fn authorise(parts: &mut Parts, app: &App, verb: Verb) -> Result<Namespace, ApiError> {
+async fn authorise(parts: &mut Parts, app: &App, verb: Verb) -> Result<(Namespace, Place), ApiError> {
     let Named(namespace) = Named::from_request_parts(parts, app).await?;
     // Reads a file of a few bytes that was read a moment ago, which takes less than handing it to another thread.
     match app.gate.check(bearer_token(&parts.headers), &namespace, verb) {
-        Ok(Grant::Allowed) => Ok(namespace),
+        Ok(Grant::Allowed) => {
+            let place = app.place(&namespace, verb)?;
+            Ok((namespace, place))
+        }
         Ok(Grant::Unknown) => Err(ApiError::UNAUTHORIZED),
         Ok(Grant::Forbidden) => Err(ApiError::FORBIDDEN),
         Err(error) => {

@@ -24,7 +24,8 @@ use crate::error::ApiError;
 use crate::metrics::Metrics;
 use crate::namespace::Namespace;
 use crate::store::Store;
-use crate::turns::{Turn, Turns, acquire};
+use crate::tokens::Verb;
+use crate::turns::{Place, Turn, Turns, acquire};
 
 /// Memory that bodies held as a whole may take together, in MiB: lookups' answers and publications.
 pub const MESSAGE_MEMORY_MIB: u32 = 256;
@@ -37,7 +38,7 @@ const MESSAGE_WAIT: Duration = Duration::from_secs(1);
 pub struct Limits {
     /// Uploads at a time. Each takes up to about 33 MiB of memory and one blocking thread.
     pub uploads: usize,
-    /// Requests at a time, of which uploads into the namespaces of one pattern are at most half. One that waits for its turn may have
+    /// Requests at a time, of which one pattern of namespaces may have a part (see `turns`). One that waits for its turn may have
     /// filled an HTTP/2 window of 512 KiB.
     pub requests: usize,
     /// Longest silence within a body, and the head start that a slow body has.
@@ -92,6 +93,14 @@ impl App {
         }
     }
 
+    /// A place for a request that reads or writes this namespace.
+    ///
+    /// # Errors
+    /// As [`Turns::enter`].
+    pub fn place(&self, namespace: &Namespace, verb: Verb) -> Result<Place, ApiError> {
+        self.turns.enter(self.gate.policy().label(namespace), verb)
+    }
+
     /// Waits for a turn to upload.
     ///
     /// # Errors
@@ -107,6 +116,16 @@ impl App {
     pub async fn message_memory(&self, bytes: usize) -> Result<OwnedSemaphorePermit, ApiError> {
         acquire(&self.message_memory, mebibytes(bytes).min(MESSAGE_MEMORY_MIB), MESSAGE_WAIT).await
     }
+}
+
+/// Does to the end what holds memory, also where whoever asked has gone: the memory is free when the work is done.
+///
+/// # Errors
+/// Those of the work; [`ApiError::INTERNAL`] where it has panicked.
+pub async fn finish<T: Send + 'static>(
+    work: impl Future<Output = Result<T, ApiError>> + Send + 'static,
+) -> Result<T, ApiError> {
+    tokio::spawn(work).await.unwrap_or(Err(ApiError::INTERNAL))
 }
 
 /// Whole mebibytes that hold so many bytes.

@@ -43,6 +43,12 @@ use crate::tls::TlsFiles;
 /// Below this, RocksDB's own files would be most of the store.
 const MIN_SIZE: ByteSize = ByteSize::mib(8);
 
+/// With less, nearly every upload would be refused: most likely the unit is mistyped.
+const MIN_QUOTA: ByteSize = ByteSize::mib(1);
+
+const MINUTE: Duration = Duration::from_secs(60);
+const HOUR: Duration = Duration::from_secs(60 * 60);
+
 /// Where the clients' programs are, unless something else is said.
 const CLIENTS: &str = "/usr/local/share/cachec/clients";
 
@@ -193,6 +199,21 @@ impl Config {
         ensure!((1..=256).contains(&uploads), "max-uploads must be 1 to 256");
         let level = settings.recompress_level.unwrap_or(19);
         ensure!((0..=19).contains(&level), "recompress-level must be 0 to 19");
+        if let Some(interval) = settings.scrub_interval.map(Age::duration) {
+            ensure!(interval.is_zero() || interval >= HOUR, "scrub-interval must be 0s or at least 1h");
+        }
+        let session = settings.session.map(Age::duration);
+        ensure!(session.is_none_or(|session| session >= MINUTE), "session must be at least 1m");
+        let max_blob_size = settings.max_blob_size.unwrap_or(ByteSize::gib(4));
+        ensure!(max_blob_size >= ByteSize::mib(1), "max-blob-size must be at least 1MiB");
+        for limit in [settings.max_connections, settings.max_connections_per_address] {
+            ensure!(limit != Some(0), "max-connections and max-connections-per-address must be at least 1");
+        }
+        for (pattern, rules) in &file.namespaces {
+            let is_small =
+                [rules.quota, rules.total_quota].into_iter().flatten().any(|quota| quota < MIN_QUOTA);
+            ensure!(!is_small, "a quota of {pattern} is less than {MIN_QUOTA}, which most results need");
+        }
         let tls = match (settings.tls_certificate, settings.tls_key) {
             (None, None) => None,
             (Some(certificate), Some(key)) => Some(TlsFiles { certificate, key }),
@@ -201,7 +222,7 @@ impl Config {
         let store = EmbeddedOptions {
             directory: named(settings.data)?,
             max_size_bytes: max_size.as_u64(),
-            max_blob_bytes: settings.max_blob_size.unwrap_or(ByteSize::gib(4)).as_u64(),
+            max_blob_bytes: max_blob_size.as_u64(),
             policy: Arc::new(Policy::new(file.namespaces, settings.max_age)?),
         };
         let listen = settings.listen.unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 7373)));
@@ -216,13 +237,13 @@ impl Config {
         server.tls = tls;
         server.clients = Some(settings.clients.unwrap_or_else(|| CLIENTS.into()));
         let number = |setting: Option<u32>, default: usize| {
-            setting.map_or(default, |number| usize::try_from(number.max(1)).unwrap_or(usize::MAX))
+            setting.map_or(default, |number| usize::try_from(number).unwrap_or(usize::MAX))
         };
         server.max_connections = number(settings.max_connections, server.max_connections);
         server.max_connections_per_address =
             number(settings.max_connections_per_address, server.max_connections_per_address);
         server.limits.uploads = usize::from(uploads);
-        server.limits.session = settings.session.map_or(server.limits.session, Age::duration);
+        server.limits.session = session.unwrap_or(server.limits.session);
         let log = settings.log.unwrap_or_else(|| "info".to_owned());
         Ok(Self { server, log, log_format: settings.log_format.unwrap_or_default() })
     }
@@ -289,6 +310,11 @@ mod tests {
             ("[namespaces.'../x']", &[], "a namespace is"),
             (FILE, &["--max-size", "1KiB"], "at least 8.0 MiB"),
             (FILE, &["--max-uploads", "0"], "1 to 256"),
+            (FILE, &["--scrub-interval", "59s"], "at least 1h"),
+            (FILE, &["--session", "0s"], "at least 1m"),
+            (FILE, &["--max-blob-size", "0"], "at least 1MiB"),
+            (FILE, &["--max-connections", "0"], "at least 1"),
+            ("[server]\ndata = 'd'\n[namespaces.main]\nquota = '1KiB'", &[], "quota"),
             (FILE, &["--recompress-level", "20"], "0 to 19"),
         ] {
             let error = format!("{:?}", load(file, flags).unwrap_err());

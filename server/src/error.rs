@@ -12,7 +12,7 @@
 //! | 413 | `too_large` |
 //! | 422 | `digest_mismatch`, `malformed_blob`, `result_key_mismatch`, `invalid_result` |
 //! | 500 | `internal` |
-//! | 429 | `too_many_uploads` of this namespace (with `Retry-After`) |
+//! | 429 | `too_many_requests` for the namespaces of one pattern (with `Retry-After`) |
 //! | 503 | `overloaded` (with `Retry-After`), `issuer_unreachable`, `not_ready` |
 //! | 507 | `insufficient_storage`: no room, or writing to disk failed; reads go on |
 
@@ -107,11 +107,11 @@ impl ApiError {
     /// Too much at once.
     pub const OVERLOADED: Self =
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "overloaded", "too many requests at once; try again");
-    /// Too much at once of one namespace.
-    pub const TOO_MANY_UPLOADS: Self = Self::new(
+    /// Too much at once of the namespaces of one pattern.
+    pub const TOO_MANY_REQUESTS: Self = Self::new(
         StatusCode::TOO_MANY_REQUESTS,
-        "too_many_uploads",
-        "this namespace has too many uploads at once; try again",
+        "too_many_requests",
+        "this namespace, or others like it, has too many requests at once; try again",
     );
     /// A job's identity cannot be checked.
     pub const ISSUER_UNREACHABLE: Self = Self::new(

@@ -184,6 +184,11 @@ impl Keys {
 pub struct Unreachable;
 
 impl Identities {
+    /// Who jobs may be.
+    pub fn issuers(&self) -> impl Iterator<Item = &Issuer> {
+        self.issuers.iter().map(|(issuer, _)| issuer)
+    }
+
     /// Checks what the configuration says.
     ///
     /// # Errors

@@ -25,6 +25,8 @@ pub struct Rules {
     pub parent: Option<Namespace>,
     /// Most bytes that each of these namespaces takes.
     pub quota: Option<ByteSize>,
+    /// Most bytes that all of these namespaces take together: a quota for each leaves their number open.
+    pub total_quota: Option<ByteSize>,
     /// How long entries stay that nobody uses, in time that the server runs.
     pub max_age: Option<Age>,
     /// Whether reading needs no token.
@@ -70,6 +72,9 @@ impl std::fmt::Display for Rules {
         match self.quota {
             Some(quota) => write!(formatter, "at most {quota}")?,
             None => write!(formatter, "no quota")?,
+        }
+        if let Some(total) = self.total_quota {
+            write!(formatter, ", {total} together")?;
         }
         if let Some(max_age) = self.max_age {
             write!(formatter, ", {max_age} unused")?;
@@ -148,6 +153,19 @@ impl Policy {
     #[must_use]
     pub fn max_age(&self, namespace: &Namespace) -> Option<Duration> {
         self.rules(namespace).max_age.map(Age::duration)
+    }
+
+    /// Most bytes of all namespaces together that have this one's rules.
+    #[must_use]
+    pub fn total_quota_bytes(&self, namespace: &Namespace) -> Option<u64> {
+        self.rules(namespace).total_quota.map(|quota| quota.as_u64())
+    }
+
+    /// Whether the same section is for both.
+    #[must_use]
+    pub fn are_alike(&self, one: &Namespace, other: &Namespace) -> bool {
+        let pattern = |namespace| self.section(namespace).map(|(pattern, _)| pattern);
+        pattern(one) == pattern(other)
     }
 
     /// What a namespace is counted under in metrics: its pattern, so that there are few.

@@ -7,7 +7,8 @@
 //! DATA/tokens/sessions     the key of the MACs (BLAKE3, keyed): 32 random bytes
 //! ```
 //!
-//! Every request reads the key, so that removing its file ends all sessions at once.
+//! Every request reads the key, so that removing its file ends all sessions at once. The rules that they were given by
+//! are in the MAC, too: under other rules, none is good.
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
@@ -28,13 +29,20 @@ pub(crate) const KEY_FILE: &str = "sessions";
 #[derive(Debug)]
 pub struct Sessions {
     key: PathBuf,
+    /// What the configuration says of who jobs may be.
+    rules: blake3::Hash,
 }
 
 impl Sessions {
-    /// The sessions below this directory of tokens.
+    /// The sessions below this directory of tokens, given under these rules.
     #[must_use]
-    pub fn new(tokens: &Path) -> Self {
-        Self { key: tokens.join(KEY_FILE) }
+    pub fn new(tokens: &Path, rules: &str) -> Self {
+        Self { key: tokens.join(KEY_FILE), rules: blake3::hash(rules.as_bytes()) }
+    }
+
+    fn mac(&self, key: &[u8; blake3::KEY_LEN], text: &str) -> blake3::Hash {
+        let mut hasher = blake3::Hasher::new_keyed(key);
+        hasher.update(self.rules.as_bytes()).update(text.as_bytes()).finalize()
     }
 
     /// Whether a text looks like a session token.
@@ -52,7 +60,7 @@ impl Sessions {
         let seconds = expires.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         // Neither a verb nor a number has a '_', so that a name may.
         let text = format!("{PREFIX}{namespace}_{verbs}_{seconds}");
-        let mac = blake3::keyed_hash(&self.key_or_new()?, text.as_bytes());
+        let mac = self.mac(&self.key_or_new()?, &text);
         Ok(format!("{text}_{mac}"))
     }
 
@@ -69,7 +77,7 @@ impl Sessions {
             .rsplit_once('_')
             .and_then(|(text, mac)| Some((text, blake3::Hash::from_hex(mac).ok()?)))
             // Compared in constant time.
-            .filter(|(text, mac)| blake3::keyed_hash(&key, text.as_bytes()) == *mac)
+            .filter(|(text, mac)| self.mac(&key, text) == *mac)
             .and_then(|(text, _)| parse(text));
         Ok(match claim {
             Some((for_namespace, verbs, expires))
@@ -128,7 +136,7 @@ mod tests {
     #[test]
     fn a_session_is_good_for_its_namespace_its_verbs_and_its_time() {
         let directory = tempfile::tempdir().unwrap();
-        let sessions = Sessions::new(directory.path());
+        let sessions = Sessions::new(directory.path(), "rules");
         let namespace = |name: &str| name.parse::<Namespace>().unwrap();
         let check = |token: &str, name: &str, verb| sessions.check(token, &namespace(name), verb).unwrap();
         assert_eq!(check("cachecs_pr_1_read_99999999999_00", "pr_1", Verb::Read), Grant::Unknown);
@@ -150,6 +158,9 @@ mod tests {
         }
         let over = sessions.create(&namespace("pr_1"), "read".parse().unwrap(), Duration::ZERO).unwrap();
         assert_eq!(check(&over, "pr_1", Verb::Read), Grant::Unknown);
+        // Whoever may not be there any more has no session either.
+        let later = Sessions::new(directory.path(), "other rules");
+        assert_eq!(later.check(&token, &namespace("pr_1"), Verb::Read).unwrap(), Grant::Unknown);
         fs::remove_file(directory.path().join(KEY_FILE)).unwrap();
         assert_eq!(check(&token, "pr_1", Verb::Read), Grant::Unknown);
         sessions.create(&namespace("a"), "read".parse().unwrap(), HOUR).unwrap();

@@ -15,7 +15,8 @@ use std::time::Duration;
 
 use cachec_protocol::message::{BlobList, ErrorBody, LookupRequest, MAX_LIST_ENTRIES, PROTOCOL_HEADER};
 use cachec_protocol::pack::{MAX_WINDOW_LOG, compress};
-use cachec_protocol::{Digest, ResultKey, decode, encode};
+use cachec_protocol::{ActionKey, Digest, Input, InputKind, InputSet, ResultKey, decode, encode};
+use cachec_server::policy::Policy;
 use harness::{Blob, MIB, TestServer, error_of, noise, publication, result};
 use tokio::io::AsyncWriteExt;
 
@@ -251,6 +252,8 @@ async fn a_namespace_with_too_many_uploads_leaves_room_for_the_others() {
     let server = TestServer::start_with(64 * MIB, |options| {
         options.limits.uploads = 1;
         options.limits.requests = 4;
+        let rules = toml::from_str("[default]\n[other]").unwrap();
+        options.store.policy = std::sync::Arc::new(Policy::new(rules, None).unwrap());
     })
     .await;
     let address = server.running.url.trim_start_matches("http://").to_owned();
@@ -272,7 +275,7 @@ async fn a_namespace_with_too_many_uploads_leaves_room_for_the_others() {
         }
     };
     assert_eq!(refused.headers()["retry-after"], "1");
-    assert_eq!(error_of(refused).await, (429, "too_many_uploads".to_owned()));
+    assert_eq!(error_of(refused).await, (429, "too_many_requests".to_owned()));
     // Another namespace is told to wait for its turn at most, and reads are not concerned.
     assert_eq!(server.get(&third.digest).await, None);
     drop(waiting);
@@ -366,4 +369,26 @@ async fn paths_that_are_none_are_refused() {
         assert_eq!(decode::<ErrorBody>(&response[body..]).unwrap().code, code, "{method} {path}");
         assert!(text.to_lowercase().contains("cachec-protocol: 1"), "{method} {path}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_is_answered_once_however_often_it_is_asked_for() {
+    let server = TestServer::start_with(256 * MIB, |_| {}).await;
+    // Some megabytes of inputs, asked for again and again.
+    let input = |number: u32| Input {
+        kind: InputKind::Absent,
+        name: format!("{number:08}{}", "x".repeat(90)).into_bytes(),
+        digest: None,
+    };
+    let mut large = result(1, 0, None);
+    large.outputs = vec![];
+    large.input_set = InputSet::new((0..60_000).map(input).collect());
+    assert_eq!(server.publish(&large).await, 201);
+    let ask = async |action_keys: Vec<ActionKey>| {
+        let response = server.post("/v1/default/lookup", encode(&LookupRequest { action_keys })).await;
+        response.bytes().await.unwrap().len()
+    };
+    let once = ask(vec![large.action_key]).await;
+    assert!(once > 5_000_000);
+    assert_eq!(ask(vec![large.action_key; MAX_LIST_ENTRIES]).await, once);
 }

@@ -9,14 +9,15 @@ use std::process::{Command, Output};
 
 use harness::{MIB, TestServer, error_of};
 
-const SCRIPT: &str = "#!/bin/sh\necho cachec 1.2.3\n";
+/// A program, as the script looks at the first bytes: this system's `true`, which says nothing.
+const PROGRAM: &str = "/bin/true";
 
 async fn server() -> (TestServer, tempfile::TempDir) {
     let directory = tempfile::tempdir().unwrap();
     std::fs::write(directory.path().join("secret"), "another file").unwrap();
     let clients = directory.path().join("clients");
     std::fs::create_dir(&clients).unwrap();
-    std::fs::write(clients.join(format!("{}-linux", std::env::consts::ARCH)), SCRIPT).unwrap();
+    std::fs::copy(PROGRAM, clients.join(format!("{}-linux", std::env::consts::ARCH))).unwrap();
     std::fs::create_dir(clients.join("directory")).unwrap();
     (TestServer::start_with(64 * MIB, |options| options.clients = Some(clients)).await, directory)
 }
@@ -43,20 +44,49 @@ async fn the_script_installs_the_program() {
     let into = into.to_str().unwrap();
     let installed = install(&server, &server.running.url, "/usr/bin:/bin", into).await;
     assert!(installed.status.success(), "{installed:?}");
-    assert_eq!(String::from_utf8_lossy(&installed.stdout), "cachec 1.2.3\n");
     let program = std::path::Path::new(into).join("cachec");
-    assert_eq!(std::fs::read_to_string(&program).unwrap(), SCRIPT);
+    let is_whole = || std::fs::read(&program).unwrap() == std::fs::read(PROGRAM).unwrap();
+    assert!(is_whole());
     assert_eq!(program.metadata().unwrap().permissions().mode() & 0o777, 0o755);
 
     // What fails says so, and leaves what was there.
-    for (url, path) in
-        [("", "/usr/bin:/bin"), ("http://127.0.0.1:1", "/usr/bin:/bin"), (&*server.running.url, "/none")]
-    {
+    let (other, usual) = (answering().await, "/usr/bin:/bin");
+    let (empty, text) = (format!("{other}/empty"), format!("{other}/text"));
+    for (url, path) in [
+        ("", usual),
+        ("http://127.0.0.1:1", usual),
+        (&*empty, usual),
+        (&*text, usual),
+        (&*server.running.url, "/none"),
+    ] {
         let failed = install(&server, url, path, into).await;
-        assert!(!failed.status.success() && !failed.stderr.is_empty(), "{failed:?}");
+        assert!(!failed.status.success() && !failed.stderr.is_empty(), "{url}: {failed:?}");
         assert_eq!(std::fs::read_dir(into).unwrap().count(), 1);
-        assert_eq!(std::fs::read_to_string(&program).unwrap(), SCRIPT);
+        assert!(is_whole());
     }
+    // A proxy may send the client elsewhere.
+    let redirected =
+        install(&server, &format!("{other}/elsewhere?{}", server.running.url), usual, into).await;
+    assert!(redirected.status.success() && is_whole(), "{redirected:?}");
+}
+
+/// A server that answers nothing, or something else than a program, or another address.
+async fn answering() -> String {
+    use axum::extract::RawQuery;
+    use axum::response::Redirect;
+    use axum::routing::get;
+    let machine = format!("{}-linux", std::env::consts::ARCH);
+    // The path that is asked for is behind the question mark, too.
+    let elsewhere =
+        move |RawQuery(query): RawQuery| async move { Redirect::permanent(&query.unwrap_or_default()) };
+    let routes = axum::Router::new()
+        .route(&format!("/empty/client/{machine}"), get(|| async {}))
+        .route(&format!("/text/client/{machine}"), get(|| async { "echo this is run\n" }))
+        .route("/elsewhere", get(elsewhere));
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    tokio::spawn(async move { axum::serve(listener, routes).await });
+    url
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -66,8 +96,7 @@ async fn nothing_else_is_handed_out() {
         let response = server.client.get(server.url(&format!("/client/{name}"))).send().await.unwrap();
         let status = response.status().as_u16();
         assert!(status == 404, "{name}: {status}");
-        let text = response.text().await.unwrap();
-        assert!(!text.contains("another file"), "{name}");
+        assert!(!response.text().await.unwrap().contains("another file"), "{name}");
     }
     let bare = TestServer::start().await;
     let response = bare.client.get(bare.url("/client/x86_64-linux")).send().await.unwrap();

@@ -176,6 +176,29 @@ async fn a_quota_evicts_within_its_namespace_only() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn pull_requests_without_end_leave_what_main_has() {
+    let rules = "['pr-*']\nquota = '4MiB'\ntotal_quota = '8MiB'\nparent = 'main'\n[main]";
+    let server = TestServer::start_with(32 * MIB, |options| options.store.policy = policy(rules)).await;
+    let kept: Vec<_> = (0..8).map(|seed| Blob::noise(seed, MIB as usize)).collect();
+    for blob in &kept {
+        assert_eq!(put(&server, None, "main", blob).await, 201);
+    }
+    for number in 0..40 {
+        let blob = Blob::noise(100 + number, MIB as usize);
+        assert_eq!(put(&server, None, &format!("pr-{number}"), &blob).await, 201);
+        let stats = server.stats().await;
+        assert!(stats.namespace_bytes["pr-*"] <= 8 * MIB, "{stats:?}");
+    }
+    for blob in &kept {
+        assert_eq!(get(&server, None, "main", &blob.digest).await, 200);
+    }
+    // The newest are there, whichever namespace they are in.
+    let last = Blob::noise(139, MIB as usize);
+    assert_eq!(get(&server, None, "pr-39", &last.digest).await, 200);
+    assert_eq!(get(&server, None, "pr-1", &Blob::noise(101, MIB as usize).digest).await, 404);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_oldest_of_all_namespaces_goes_where_the_store_is_full() {
     let server = TestServer::start_with(16 * MIB, |options| options.store.policy = policy("['pr-*']")).await;
     let blobs: Vec<_> = (0..24).map(|seed| Blob::noise(seed, MIB as usize)).collect();
@@ -232,7 +255,7 @@ async fn call(server: &TestServer, name: &str, token: Option<&str>, namespace: &
 async fn every_token_does_what_it_is_for_and_nothing_else() {
     let server = server("[main]\n['pr-*']\nparent = 'main'\n[public]\nanonymous_read = true").await;
     let tokens = Tokens::open(server.data.path()).unwrap();
-    let sessions = Sessions::new(tokens.directory());
+    let sessions = Sessions::new(tokens.directory(), "");
     let verbs = |text: &str| text.parse().unwrap();
     let (expired, _) =
         tokens.create(&"main".parse().unwrap(), verbs("read,write"), Some(SystemTime::now())).unwrap();

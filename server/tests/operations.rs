@@ -44,7 +44,7 @@ fn the_documented_configuration_is_right_and_complete() {
         "listens on    127.0.0.1:7373\n",
         "keeps         50.0 GiB in",
         "access        by token\n",
-        "namespace     pr-*: at most 5.0 GiB, 14d unused, reads main\n",
+        "namespace     pr-*: at most 5.0 GiB, 15.0 GiB together, 14d unused, reads main\n",
         "identity      https://gitlab.com: main may read,write\n",
     ] {
         assert!(text.contains(line), "{text}");

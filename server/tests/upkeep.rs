@@ -135,6 +135,10 @@ async fn a_backup_of_a_busy_server_has_whole_entries_only() {
     assert!(made.status.success(), "{made:?}");
     let again = run(&["backup", copy.to_str().unwrap()], data.path());
     assert!(!again.status.success() && text(&again).contains("something of that name"), "{again:?}");
+    for inside in ["staging/x", "db/x", "blobs/00/x", "x"] {
+        let refused = run(&["backup", data.path().join(inside).to_str().unwrap()], data.path());
+        assert!(!refused.status.success() && text(&refused).contains("does not belong"), "{refused:?}");
+    }
     writes.await.unwrap();
     drop(program);
 

@@ -22,7 +22,7 @@ pub const CONTENT_BYTES_HEADER: &str = "cachec-content-bytes";
 /// Sends a blob.
 pub async fn get(
     State(app): State<App>,
-    Reader(namespace): Reader,
+    Reader(namespace, _place): Reader,
     Path((_, digest)): Path<(String, String)>,
 ) -> Result<Response, ApiError> {
     let digest = parse_digest(&digest)?;
@@ -33,7 +33,7 @@ pub async fn get(
 /// Tells a blob's lengths.
 pub async fn head(
     State(app): State<App>,
-    Reader(namespace): Reader,
+    Reader(namespace, _place): Reader,
     Path((_, digest)): Path<(String, String)>,
 ) -> Result<Response, ApiError> {
     let digest = parse_digest(&digest)?;
@@ -49,7 +49,7 @@ pub async fn head(
 /// Takes a blob in.
 pub async fn put(
     State(app): State<App>,
-    Writer(namespace): Writer,
+    Writer(namespace, _place): Writer,
     Path((_, digest)): Path<(String, String)>,
     request: Request,
 ) -> Result<StatusCode, ApiError> {

@@ -2,6 +2,7 @@
 //! manifests of all its units, then their packs in the order they were needed, those of the record's bundle together.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
 use axum::extract::{Path, Query, State};
 use axum::response::Response;
@@ -14,7 +15,7 @@ use serde::Deserialize;
 
 use super::fetch::Stream;
 use crate::access::Reader;
-use crate::app::App;
+use crate::app::{self, App};
 use crate::error::ApiError;
 use crate::namespace::Namespace;
 
@@ -46,7 +47,7 @@ enum Packs {
 /// Starts the stream.
 pub async fn get(
     State(app): State<App>,
-    Reader(namespace): Reader,
+    Reader(namespace, _place): Reader,
     Path((_, build)): Path<(String, String)>,
     Query(options): Query<Options>,
 ) -> Result<Response, ApiError> {
@@ -80,14 +81,17 @@ async fn manifests(
     record: &BuildRecord,
 ) -> Result<[Bytes; 2], ApiError> {
     // The results, their encoding and its compressed form are held at the same time.
-    let _memory = app.message_memory(3 * MANIFESTS_BYTES).await?;
+    let memory = app.message_memory(3 * MANIFESTS_BYTES).await?;
     // The record itself comes first: it tells the client which packs to wait for.
     let keys = std::iter::once(build).chain(record.entries.iter().map(|entry| entry.action_key)).collect();
-    let manifests = app.store.lookup(namespace.clone(), keys, MANIFESTS_BYTES).await?;
-    let compressed = tokio::task::spawn_blocking(move || compress(manifests))
-        .await
-        .map_err(|_| ApiError::INTERNAL)?
-        .map_err(|_| ApiError::INTERNAL)?;
+    let (store, namespace) = (Arc::clone(&app.store), namespace.clone());
+    let compressed = app::finish(async move {
+        let manifests = store.lookup(namespace, keys, MANIFESTS_BYTES).await?;
+        let compressed = tokio::task::spawn_blocking(move || compress(manifests)).await;
+        drop(memory);
+        compressed.ok().and_then(Result::ok).ok_or(ApiError::INTERNAL)
+    })
+    .await?;
     let header = Frame::Manifests { body_bytes: compressed.len() as u64 }.to_header();
     Ok([Bytes::copy_from_slice(&header), compressed])
 }
@@ -98,7 +102,14 @@ async fn newest_record(
     namespace: &Namespace,
     build: ActionKey,
 ) -> Result<Option<(StoredResult, BuildRecord)>, ApiError> {
-    let manifests = app.store.lookup(namespace.clone(), vec![build], MANIFESTS_BYTES).await?;
+    let memory = app.message_memory(MANIFESTS_BYTES).await?;
+    let (store, namespace) = (Arc::clone(&app.store), namespace.clone());
+    let manifests = app::finish(async move {
+        let manifests = store.lookup(namespace, vec![build], MANIFESTS_BYTES).await?;
+        drop(memory);
+        Ok(manifests)
+    })
+    .await?;
     let mut results = manifests.iter().flat_map(Manifest::readable_results);
     Ok(results.find_map(|result| BuildRecord::from_result(&result).ok().map(|record| (result, record))))
 }

@@ -23,7 +23,7 @@ use crate::store::BlobReader;
 /// Starts the stream. One blob is open, and one step of it held, at a time.
 pub async fn post(
     State(app): State<App>,
-    Reader(namespace): Reader,
+    Reader(namespace, _place): Reader,
     request: Request,
 ) -> Result<Response, ApiError> {
     let BlobList { digests } = RequestBody::new(&app, request.into_body()).message().await?;

@@ -15,7 +15,7 @@ use crate::error::ApiError;
 /// needs them is published.
 pub async fn post(
     State(app): State<App>,
-    Writer(namespace): Writer,
+    Writer(namespace, _place): Writer,
     request: Request,
 ) -> Result<impl IntoResponse, ApiError> {
     let BlobList { digests } = RequestBody::new(&app, request.into_body()).message().await?;

@@ -1,5 +1,7 @@
 //! `PUT /v1/{namespace}/results/{result key}`: publishes a result.
 
+use std::sync::Arc;
+
 use axum::extract::{Path, Request, State};
 use axum::http::StatusCode;
 use bytes::Bytes;
@@ -10,7 +12,7 @@ use ring::signature::{ED25519, UnparsedPublicKey};
 
 use super::blobs::put_status;
 use crate::access::Writer;
-use crate::app::App;
+use crate::app::{self, App};
 use crate::body::RequestBody;
 use crate::error::ApiError;
 use crate::namespace::Namespace;
@@ -22,7 +24,7 @@ const MEMORY_PER_BYTE: usize = 3;
 /// Keeps a result whose key and pack are right.
 pub async fn put(
     State(app): State<App>,
-    Writer(namespace): Writer,
+    Writer(namespace, _place): Writer,
     Path((_, result_key)): Path<(String, String)>,
     request: Request,
 ) -> Result<StatusCode, ApiError> {
@@ -41,12 +43,18 @@ async fn publish(
     let limit_bytes = PublishRequest::LIMIT_BYTES;
     let length =
         body.announced_bytes().and_then(|length| usize::try_from(length).ok()).unwrap_or(limit_bytes);
-    let _memory = app.message_memory(length.min(limit_bytes) * MEMORY_PER_BYTE).await?;
+    let memory = app.message_memory(length.min(limit_bytes) * MEMORY_PER_BYTE).await?;
     let bytes = Bytes::from(body.collect(limit_bytes).await?);
-    let publication = tokio::task::spawn_blocking(move || read(&bytes, namespace, result_key))
-        .await
-        .unwrap_or(Err(ApiError::INTERNAL))?;
-    Ok(put_status(app.store.publish(publication).await?))
+    let store = Arc::clone(&app.store);
+    app::finish(async move {
+        let publication = tokio::task::spawn_blocking(move || read(&bytes, namespace, result_key))
+            .await
+            .unwrap_or(Err(ApiError::INTERNAL))?;
+        let outcome = store.publish(publication).await;
+        drop(memory);
+        Ok(put_status(outcome?))
+    })
+    .await
 }
 
 fn read(bytes: &Bytes, namespace: Namespace, result_key: ResultKey) -> Result<Publication, ApiError> {

@@ -39,6 +39,13 @@ impl Engine {
                 "there is something of that name",
             )));
         }
+        let parent = to.parent().unwrap_or(to).canonicalize().map_err(StoreError::Write)?;
+        if parent.starts_with(self.directory.root.canonicalize().map_err(StoreError::Write)?) {
+            return Err(StoreError::Write(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "a backup does not belong into the data directory itself",
+            )));
+        }
         let mut name = to.file_name().unwrap_or_default().to_owned();
         name.push(format!(".partial-{:016x}", self.next_sequence()));
         let partial = to.with_file_name(name);

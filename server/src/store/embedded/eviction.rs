@@ -12,6 +12,7 @@ use super::ledger::{Ledger, Sums};
 use super::rows::{self, BlobHome, BlobRow, DoomedRow, Entry, EntryKind, ResultRow};
 use super::{DataDirectory, Engine};
 use crate::namespace::Namespace;
+use crate::policy::Policy;
 use crate::store::StoreError;
 
 /// Room is made for this part of the limit more than is needed, but at most so many bytes, so that not every
@@ -29,21 +30,47 @@ pub(super) struct DoomedFile {
     pub(super) counted_bytes: u64,
 }
 
-/// What entries are kept below: a namespace's quota, or the limit of the store.
+/// What entries are kept below: a namespace's quota, that of all namespaces of its pattern, or the limit of the store.
 struct Bound<'n> {
-    namespace: Option<&'n Namespace>,
+    whose: Whose<'n>,
     limit_bytes: u64,
+}
+
+enum Whose<'n> {
+    Namespace(&'n Namespace),
+    /// Those that the policy treats as this one.
+    Alike(&'n Policy, &'n Namespace),
+    All,
+}
+
+impl Whose<'_> {
+    /// The namespaces, where these are not all.
+    fn namespaces(&self, ledger: &Ledger) -> Option<Vec<Namespace>> {
+        match self {
+            Self::Namespace(namespace) => Some(vec![(*namespace).clone()]),
+            Self::Alike(policy, like) => {
+                let known = ledger.shares.iter().map(|(namespace, _)| namespace);
+                Some(known.filter(|namespace| policy.are_alike(namespace, like)).cloned().collect())
+            }
+            Self::All => None,
+        }
+    }
 }
 
 impl Bound<'_> {
     fn reserved_bytes(&self, ledger: &Ledger) -> u64 {
-        self.namespace.map_or(ledger.reserved_bytes, |namespace| ledger.shares.get(namespace).reserved_bytes)
+        match self.whose.namespaces(ledger) {
+            Some(namespaces) => namespaces.iter().map(|one| ledger.shares.get(one).reserved_bytes).sum(),
+            None => ledger.reserved_bytes,
+        }
     }
 
     /// Whether so much more fits, once the doomed files are gone.
     fn fits(&self, ledger: &Ledger, more_bytes: u64) -> bool {
-        let stored = |namespace| ledger.shares.get(namespace).stored_bytes;
-        let stored_bytes = self.namespace.map_or_else(|| ledger.kept_bytes(), stored);
+        let stored_bytes = match self.whose.namespaces(ledger) {
+            Some(namespaces) => namespaces.iter().map(|one| ledger.shares.get(one).stored_bytes).sum(),
+            None => ledger.kept_bytes(),
+        };
         stored_bytes.saturating_add(self.reserved_bytes(ledger)).saturating_add(more_bytes)
             <= self.limit_bytes
     }
@@ -61,9 +88,14 @@ impl Engine {
         needed_bytes: u64,
     ) -> Result<(), StoreError> {
         if let Some(limit_bytes) = self.policy.quota_bytes(namespace) {
-            self.keep_bound(ledger, &Bound { namespace: Some(namespace), limit_bytes }, needed_bytes)?;
+            let whose = Whose::Namespace(namespace);
+            self.keep_bound(ledger, &Bound { whose, limit_bytes }, needed_bytes)?;
         }
-        self.keep_bound(ledger, &Bound { namespace: None, limit_bytes: self.limit_bytes }, needed_bytes)
+        if let Some(limit_bytes) = self.policy.total_quota_bytes(namespace) {
+            let whose = Whose::Alike(&self.policy, namespace);
+            self.keep_bound(ledger, &Bound { whose, limit_bytes }, needed_bytes)?;
+        }
+        self.keep_bound(ledger, &Bound { whose: Whose::All, limit_bytes: self.limit_bytes }, needed_bytes)
     }
 
     /// Evicts the oldest entries until so much more fits.
@@ -82,7 +114,7 @@ impl Engine {
         self.apply_touches(ledger)?;
         let slack_bytes = (bound.limit_bytes / SLACK_PART).min(MAX_SLACK_BYTES);
         let wanted_bytes = needed_bytes.saturating_add(slack_bytes);
-        while !bound.fits(ledger, wanted_bytes) && self.evict_oldest(ledger, bound.namespace)? {}
+        while !bound.fits(ledger, wanted_bytes) && self.evict_oldest(ledger, &bound.whose)? {}
         self.remove_files(ledger)?;
         if bound.fits(ledger, needed_bytes) { Ok(()) } else { Err(StoreError::Full { needed_bytes }) }
     }
@@ -93,10 +125,14 @@ impl Engine {
         namespaces.iter().try_for_each(|namespace| self.make_room(ledger, namespace, 0))
     }
 
-    /// Evicts the least recently used entry, of a namespace or of all; false where there is none.
-    fn evict_oldest(&self, ledger: &mut Ledger, namespace: Option<&Namespace>) -> Result<bool, StoreError> {
-        let oldest = match namespace {
-            Some(namespace) => self.oldest_of(ledger, namespace)?,
+    /// Evicts the least recently used entry of these namespaces; false where there is none.
+    fn evict_oldest(&self, ledger: &mut Ledger, whose: &Whose<'_>) -> Result<bool, StoreError> {
+        let oldest = match whose.namespaces(ledger) {
+            Some(namespaces) => {
+                let oldest = namespaces.iter().filter_map(|one| self.oldest_of(ledger, one).transpose());
+                let oldest = oldest.collect::<Result<Vec<_>, _>>()?;
+                oldest.into_iter().min_by_key(|(sequence, _)| *sequence)
+            }
             None => self.oldest(ledger)?,
         };
         let Some((sequence, entry)) = oldest else { return Ok(false) };

@@ -4,11 +4,13 @@
 //! in the batch that makes the result appear and disappear; a manifest lists at most
 //! [`MAX_MANIFEST_RESULTS`] results, newest first, and every result stands in its manifest.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use cachec_protocol::ActionKey;
 use cachec_protocol::digest::DIGEST_BYTES;
 use cachec_protocol::message::{MAX_MANIFEST_RESULTS, Manifest};
+use minicbor::bytes::ByteVec;
 
 use super::Engine;
 use super::database::Family;
@@ -118,21 +120,24 @@ impl Engine {
         let mut left_bytes = limit_bytes;
         let mut manifests = Vec::new();
         let mut used = Vec::new();
-        for action_key in keys {
+        let mut seen = HashSet::new();
+        'keys: for action_key in keys.iter().filter(|key| seen.insert(**key)) {
             let manifest_key = rows::row_key(namespace, action_key.as_bytes());
             let mut results = Vec::new();
             for result_key in self.manifest(&manifest_key)? {
                 let key = rows::sibling_key(&manifest_key, &result_key);
                 // It may have been evicted since the manifest was read.
                 let Some(encoded) = self.database.get(Family::Results, &key)? else { continue };
-                let Some(left) = left_bytes.checked_sub(encoded.len() + 2 * DIGEST_BYTES) else { break };
+                let Some(left) = left_bytes.checked_sub(encoded.len() + 2 * DIGEST_BYTES) else {
+                    // More would be read for nothing.
+                    manifests.extend(manifest(*action_key, results));
+                    break 'keys;
+                };
                 left_bytes = left;
                 results.push(encoded.into());
                 used.push(Entry::result(key));
             }
-            if !results.is_empty() {
-                manifests.push(Manifest { action_key: *action_key, results });
-            }
+            manifests.extend(manifest(*action_key, results));
         }
         self.touch(used);
         Ok(manifests)
@@ -143,4 +148,8 @@ impl Engine {
         let row = self.database.get_row::<BlobRow>(Family::Blobs, key)?;
         Ok(row.filter(|row| row.home != BlobHome::Lost))
     }
+}
+
+fn manifest(action_key: ActionKey, results: Vec<ByteVec>) -> Option<Manifest> {
+    (!results.is_empty()).then_some(Manifest { action_key, results })
 }
