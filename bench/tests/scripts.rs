@@ -637,3 +637,29 @@ fn without_a_tracer_scripts_are_simply_run() -> Result<()> {
     assert!(case.statistics()?["not_stored"]["untraced"].as_u64() > Some(0), "{}", case.statistics()?);
     Ok(())
 }
+
+#[test]
+fn renames_in_tools_caches_and_those_that_fail_do_not_count() -> Result<()> {
+    for renames in [
+        // A tool's cache, with a file of an earlier run.
+        "let cache = PathBuf::from(env::var(\"HOME\").unwrap()).join(\".cache/zig\"); \
+         fs::create_dir_all(&cache).unwrap(); \
+         if !cache.join(\"a\").exists() { fs::write(cache.join(\"a\"), \"1\").unwrap(); } \
+         Command::new(\"mv\").arg(cache.join(\"a\")).arg(cache.join(\"b\")).status().unwrap(); \
+         fs::rename(cache.join(\"b\"), cache.join(\"a\")).unwrap();",
+        // To a directory that is not there yet.
+        "fs::write(out.join(\"made\"), \"1\").unwrap(); \
+         assert!(fs::rename(out.join(\"made\"), out.join(\"later/made\")).is_err()); \
+         fs::create_dir(out.join(\"later\")).unwrap(); \
+         fs::rename(out.join(\"made\"), out.join(\"later/made\")).unwrap();",
+    ] {
+        let script = format!("{renames}\nfs::write(out.join(\"text.txt\"), \"text\").unwrap();");
+        let case = Case::script(PRINT_TEXT, &script)?;
+        assert!(case.runs()?);
+        case.project.wipe()?;
+        assert!(case.runs()? == renames.contains("HOME"), "{renames}: {}", case.statistics()?);
+        assert!(!case.runs()?, "{renames}: {}", case.statistics()?);
+        assert_eq!(case.project.run_app()?, "text");
+    }
+    Ok(())
+}

@@ -231,8 +231,15 @@ impl Observation {
     /// A call that renames.
     pub(super) fn rename(&mut self, from: &Path, to: &Path) {
         let (Some(from), Some(to)) = (self.resolve(from, false), self.resolve(to, false)) else { return };
+        if self.is_ignored(&from) && self.is_ignored(&to) {
+            return;
+        }
         if fs::symlink_metadata(&from).is_err() {
             return self.note(&from, false, false);
+        }
+        if let Some(parent) = to.parent().filter(|parent| fs::metadata(parent).is_err()) {
+            // The call fails.
+            return self.note(parent, true, false);
         }
         if !self.is_own(&from) {
             return self.obstruct("moves-input");
