@@ -317,3 +317,14 @@ fn the_doctor_says_what_is_wrong() -> Result<()> {
     assert!(!output.status.success() && text.contains("FAIL  server: Connection refused"), "{text}");
     Ok(())
 }
+
+#[test]
+fn a_summary_of_nothing_fails_no_build() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let machine = Machine::new()?;
+    machine.cachec(directory.path(), &["stats"])?;
+    assert!(machine.statistics(directory.path()).is_err());
+    let machine = machine.with("CACHEC_MODE", "nonsense");
+    machine.cachec(directory.path(), &["stats"])?;
+    Ok(())
+}
