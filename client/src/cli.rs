@@ -113,31 +113,37 @@ fn stats(json: bool) -> anyhow::Result<()> {
 /// Runs a command with every compile verified.
 fn verify(command: &[OsString]) -> anyhow::Result<()> {
     let own = std::env::current_exe()?;
+    // An agent of its own: what an earlier one has counted is not this build's.
+    let directory = tempfile::tempdir()?;
     let run = |words: &[OsString]| -> anyhow::Result<process::Command> {
         let (program, arguments) = words.split_first().context("no command")?;
         let mut command = process::Command::new(program);
         command.args(arguments).env("RUSTC_WRAPPER", &own).env("CACHEC_MODE", "verify");
+        command.env("CACHEC_RUNTIME_DIR", directory.path());
         Ok(command)
     };
     let ask = |words: &[&str]| {
         run(&[&[own.clone().into()][..], &words.iter().map(Into::into).collect::<Vec<_>>()].concat())
     };
-    // What an earlier run has counted is not this one's.
-    ask(&["stop"])?.status()?;
     let status =
         run(command)?.status().with_context(|| format!("cannot run {}", command[0].to_string_lossy()))?;
     if !status.success() {
         bail!("the build failed: {status}");
     }
-    let report = ask(&["stats", "--json"])?.output()?;
-    let report: serde_json::Value = serde_json::from_slice(&report.stdout)
-        .context("cachec was not used in this build; `cachec doctor` says why")?;
+    let (report, text) = (ask(&["stats", "--json"])?.output()?, ask(&["stats"])?.output()?);
+    ask(&["stop"])?.status()?;
+    let Ok(report) = serde_json::from_slice::<serde_json::Value>(&report.stdout) else {
+        bail!(
+            "nothing was compiled through cachec: cargo needs a new target directory; `cachec doctor` says if \
+             anything else is wrong"
+        );
+    };
     let verified = report["verified"].as_u64().unwrap_or_default();
     let differing = report["differences"].as_object().map_or(0, serde_json::Map::len);
     let unknown = report["misses"].as_u64().unwrap_or_default().saturating_sub(verified + differing as u64);
     println!("{verified} as stored, {differing} differ, {unknown} not stored");
     if differing > 0 || verified == 0 {
-        ask(&["stats"])?.status()?;
+        print!("{}", String::from_utf8_lossy(&text.stdout));
         bail!(if differing > 0 {
             "what is stored is not what this build has made"
         } else {
