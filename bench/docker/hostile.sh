@@ -88,6 +88,7 @@ scenario_denied() {
     check "seccomp was denied indeed" test -s "$WORK/denied"
     check "no compile was observed" test "$(row denied-first 'compiles observed')" = "0 of $(misses denied-first)"
     check "the summary says why" test "$(row denied-first '  not stored')" = "4 untraced"
+    check "and the build says it once" test "$(grep -c "cannot be observed here" "$LOGS/denied-first.log")" = 1
     check "the second restores the library" test "$(row denied-second 'hits' | cut -d' ' -f1)" = 1
     check "the program runs" prints "hello from a macro 42" cachec-test/denied small
 }

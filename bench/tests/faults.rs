@@ -285,12 +285,15 @@ fn where_no_tracer_may_run_libraries_are_cached_all_the_same() -> Result<()> {
     let machine = Machine::new()?;
     let directory = tempfile::tempdir()?;
     let project = Project::three_crates(&directory.path().join("checkout"))?;
-    let build = |machine: &Machine| -> Result<serde_json::Value> {
+    let mut said = Vec::new();
+    let mut build = |machine: &Machine| -> Result<serde_json::Value> {
         project.wipe()?;
         let mut command = machine.command(&cachec_bench::programs::cargo());
-        command.args(["build", "--quiet"]).current_dir(&project.root).stderr(std::process::Stdio::null());
+        command.args(["build", "--quiet"]).current_dir(&project.root);
         cachec_bench::sandbox::forbid_seccomp(&mut command);
-        assert!(command.status()?.success());
+        let output = command.output()?;
+        assert!(output.status.success());
+        said.push(String::from_utf8(output.stderr)?);
         machine.cachec(&project.root, &["flush"])?;
         assert_eq!(project.run_app()?, "app middle one unset");
         machine.statistics(&project.root)
@@ -303,6 +306,7 @@ fn where_no_tracer_may_run_libraries_are_cached_all_the_same() -> Result<()> {
     assert_eq!(cold["stored"].as_u64(), Some(2), "{cold}");
     let warm = build(&machine)?;
     assert_eq!((warm["local_hits"].as_u64(), warm["traced"].as_u64()), (Some(2), Some(0)), "{warm}");
+    assert_eq!(said[0].matches("cannot be observed here").count(), 1, "{}", said[0]);
     Ok(())
 }
 

@@ -21,7 +21,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use cachec_protocol::message::{MAX_MANIFEST_RESULTS, PublishRequest};
@@ -44,6 +44,8 @@ pub(crate) struct LocalTier {
     limit_bytes: u64,
     /// Bytes stored, as far as known; counted by [`Self::take_stock`] and again by every eviction.
     stored_bytes: AtomicU64,
+    /// Whether objects cannot share their blocks with another file, as was found out.
+    has_no_clones: AtomicBool,
 }
 
 impl LocalTier {
@@ -58,7 +60,12 @@ impl LocalTier {
         }
         // Fails now rather than at the first store where the directory is not writable.
         tempfile::tempfile_in(root.join("staging"))?;
-        Ok(Self { root, limit_bytes, stored_bytes: AtomicU64::new(0) })
+        Ok(Self {
+            root,
+            limit_bytes,
+            stored_bytes: AtomicU64::default(),
+            has_no_clones: AtomicBool::default(),
+        })
     }
 
     /// Counts what is stored and removes what was left half-written. Takes a while; to be called once, beside
@@ -125,16 +132,34 @@ impl LocalTier {
         Err(io::Error::new(io::ErrorKind::InvalidData, "corrupt object"))
     }
 
-    /// Gives an object that has no other name a second one, and the present time; says whether it could. Where others
-    /// have it, its time is theirs.
-    pub(crate) fn lend(&self, (object, verified): &(PathBuf, Identity), name: &Path) -> bool {
+    /// Whether it is worth trying to clone an object.
+    pub(crate) fn may_clone(&self) -> bool {
+        !self.has_no_clones.load(Ordering::Relaxed)
+    }
+
+    /// Remembers that it is not: making a file for each attempt costs more than linking one.
+    pub(crate) fn never_clone(&self) {
+        self.has_no_clones.store(true, Ordering::Relaxed);
+    }
+
+    /// Gives an object that has no other name a second one, with this mode and the present time; says whether it could.
+    /// Where others have it, its time is theirs.
+    pub(crate) fn lend(&self, (object, verified): &(PathBuf, Identity), name: &Path, mode: u32) -> bool {
         let lend = || -> io::Result<bool> {
             let file = File::open(object)?;
             // Agents that share the tier take turns; the second finds two names.
             rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)?;
             let metadata = file.metadata()?;
-            if metadata.nlink() != 1 || Identity::of(&metadata) != *verified {
+            let is_own = metadata.uid() == rustix::process::geteuid().as_raw();
+            if metadata.nlink() != 1
+                || !is_own
+                || is_privileged(&file)
+                || Identity::of(&metadata) != *verified
+            {
                 return Ok(false);
+            }
+            if metadata.mode() & 0o7777 != mode {
+                file.set_permissions(PermissionsExt::from_mode(mode))?;
             }
             fs::hard_link(object, name)?;
             let now = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
@@ -292,6 +317,11 @@ impl Entry {
     }
 }
 
+/// Whether somebody has given the file capabilities, which a newly made one has not.
+fn is_privileged(file: &File) -> bool {
+    rustix::fs::fgetxattr(file, "security.capability", &mut [0_u8; 0]).is_ok()
+}
+
 fn read_result(path: &Path) -> Option<StoredResult> {
     Some(decode::<PublishRequest>(&fs::read(path).ok()?).ok()?.result)
 }
@@ -370,15 +400,37 @@ mod tests {
         File::options().append(true).open(&path).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
         let object = tier.object(&digest, &memo).unwrap();
         let name = |name: &str| directory.path().join(name);
-        assert!(tier.lend(&object, &name("first")));
+        assert!(tier.lend(&object, &name("first"), 0o755));
         let lent = fs::metadata(name("first")).unwrap();
+        assert_eq!(lent.mode() & 0o7777, 0o755);
         assert!(lent.modified().unwrap().elapsed().unwrap() < Duration::from_secs(60));
         let object = tier.object(&digest, &memo).unwrap();
-        assert!(!tier.lend(&object, &name("second")) && !name("second").exists());
+        assert!(!tier.lend(&object, &name("second"), 0o755) && !name("second").exists());
         // Again its only one, but not what was verified.
         fs::remove_file(name("first")).unwrap();
         fs::write(&path, b"CONTENT").unwrap();
-        assert!(!tier.lend(&object, &name("third")) && !name("third").exists());
+        assert!(!tier.lend(&object, &name("third"), 0o755) && !name("third").exists());
+    }
+
+    #[test]
+    fn privileges_that_a_borrower_was_given_are_not_lent_on() {
+        let directory = tempfile::tempdir().unwrap();
+        let memo = Memo::default();
+        let tier = LocalTier::open(directory.path(), 1 << 20).unwrap();
+        let digest = store(&tier, &memo, 1, b"content").outputs[0].digest;
+        let name = directory.path().join("name");
+        let lend = || tier.lend(&tier.object(&digest, &memo).unwrap(), &name, 0o755);
+        assert!(lend());
+        fs::set_permissions(&name, PermissionsExt::from_mode(0o4755)).unwrap();
+        fs::remove_file(&name).unwrap();
+        assert!(lend());
+        assert_eq!(fs::metadata(&name).unwrap().mode() & 0o7777, 0o755);
+        // CAP_NET_RAW, permitted and effective; only root may give it.
+        let capability = [1, 0, 0, 2, 0, 32, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        let given =
+            rustix::fs::setxattr(&name, "security.capability", &capability, rustix::fs::XattrFlags::empty());
+        fs::remove_file(&name).unwrap();
+        assert_eq!(lend(), given.is_err());
     }
 
     #[test]

@@ -308,3 +308,38 @@ async fn every_token_does_what_it_is_for_and_nothing_else() {
     }
     assert_eq!(denied.len(), 4);
 }
+
+/// What is there and what is not cost the same where one may not read: the store is not asked. Prints the times.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_may_not_read_is_answered_before_the_store_is_asked() {
+    let server = server("[main]").await;
+    let (present, absent) = (Blob::noise(1, 50_000), Digest::of(b"absent"));
+    let writer = token(&server, "main", "read,write");
+    assert_eq!(put(&server, Some(&writer), "main", &present).await, 201);
+    assert_eq!(get(&server, Some(&writer), "main", &present.digest).await, 200);
+    let reads = async || {
+        let text = server.client.get(server.url("/metrics")).send().await.unwrap().text().await.unwrap();
+        let lines = text.lines().filter(|line| line.starts_with("cachec_blob_reads_total"));
+        lines.map(str::to_owned).collect::<Vec<_>>()
+    };
+    let before = reads().await;
+    assert!(!before.is_empty());
+    let foreign = token(&server, "other", "read");
+    let mut times: BTreeMap<&str, Vec<Duration>> = BTreeMap::new();
+    for _ in 0..harness::rounds("CACHEC_REQUESTS", 50) {
+        for (name, namespace, digest) in [
+            ("there, not theirs", "main", &present.digest),
+            ("absent, not theirs", "main", &absent),
+            ("no such namespace", "never", &absent),
+        ] {
+            let started = std::time::Instant::now();
+            assert_eq!(get(&server, Some(&foreign), namespace, digest).await, 401);
+            times.entry(name).or_default().push(started.elapsed());
+        }
+    }
+    assert_eq!(reads().await, before);
+    for (name, mut times) in times {
+        times.sort_unstable();
+        println!("{name}: median {:?}, p99 {:?}", times[times.len() / 2], times[times.len() * 99 / 100]);
+    }
+}

@@ -9,6 +9,7 @@
 
 mod harness;
 
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -302,31 +303,46 @@ async fn a_lowered_limit_is_kept_from_the_start() {
     assert_eq!(server.get(&Blob::noise(0, 1_000_000).digest).await, None);
 }
 
+/// Everything inline, so that most of the directory is RocksDB's.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_whole_data_directory_stays_within_the_size() {
-    // Everything inline and many results, so that most of the directory is RocksDB's.
+    flooded(async |server, seed| {
+        let blob = Blob::noise(seed, 15_000);
+        assert_eq!(server.put(&blob).await, 201);
+        let published = server.publish(&result((seed % 250) as u8, seed, Some(blob.digest))).await;
+        assert!([201, 409].contains(&published));
+    })
+    .await;
+}
+
+/// Results go out of the database as fast as they come in.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_flood_of_long_results_stays_within_the_size() {
+    flooded(async |server, seed| {
+        for part in 0..8 {
+            let mut long = result((seed % 250) as u8, seed * 8 + part, None);
+            long.stderr = harness::noise(seed * 8 + part, 30_000);
+            assert_eq!(server.publish(&long).await, 201);
+        }
+    })
+    .await;
+}
+
+/// Has four clients do something 1,200 times each, and compares all that is on the disk meanwhile with the size.
+async fn flooded(each: impl AsyncFn(&TestServer, u64)) {
     const SIZE: u64 = 64 * MIB;
-    let server = Arc::new(TestServer::start_with(SIZE, |_| {}).await);
+    let server = TestServer::start_with(SIZE, |_| {}).await;
     let (watcher, done) = watch(server.data.path(), |data| {
-        harness::files(data).iter().filter_map(|path| path.metadata().ok()).map(|file| file.len()).sum()
+        let files = harness::files(data);
+        files.iter().filter_map(|path| path.metadata().ok()).map(|file| file.blocks() * 512).sum()
     });
-    let writers: Vec<_> = (0..4_u64)
-        .map(|writer| {
-            let server = Arc::clone(&server);
-            tokio::spawn(async move {
-                for seed in writer * 10_000..writer * 10_000 + 1200 {
-                    let blob = Blob::noise(seed, 15_000);
-                    assert_eq!(server.put(&blob).await, 201);
-                    let published =
-                        server.publish(&result((seed % 250) as u8, seed, Some(blob.digest))).await;
-                    assert!([201, 409].contains(&published));
-                }
-            })
-        })
-        .collect();
-    for writer in writers {
-        writer.await.unwrap();
-    }
+    let (server_ref, each) = (&server, &each);
+    let clients = (0..4_u64).map(|client| async move {
+        for seed in client * 10_000..client * 10_000 + 1200 {
+            each(server_ref, seed).await;
+        }
+    });
+    futures_util::future::join_all(clients).await;
     done.store(true, Ordering::Relaxed);
     let most_bytes = watcher.join().unwrap();
     let stats = server.stats().await;

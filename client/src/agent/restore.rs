@@ -1,10 +1,11 @@
 //! Staging a result's outputs beside their destinations.
 //!
 //! Every byte is checked against its digest before the wrapper hears of a hit. Files that nobody edits in
-//! place (libraries, which compilers replace whole; a build script's program, which is kept beside its launcher)
-//! are hard links into the local tier. Where the object had no other name, it gets the present time with it.
-//! Otherwise its mtime is that of an earlier restore, and this needs a fresh `.rmeta` beside it, since cargo
-//! looks at the newest output of a unit. A program that the user asked for is never a link.
+//! place (libraries, which compilers replace whole; a build script's program, which is kept beside its launcher; what
+//! scripts have made) are hard links into the local tier, if the object had no other name: it gets the present time
+//! with the new one. Otherwise its mtime is that of an earlier restore. This needs a fresh `.rmeta` beside it, since
+//! cargo looks at the newest output of a unit, or else it is copied. A program that the user asked for is copied: people
+//! strip them.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -16,7 +17,7 @@ use std::time::SystemTime;
 
 use cachec_protocol::pack::Decompressor;
 use cachec_protocol::{Digest, Output, OutputKind, StoredResult};
-use tempfile::{NamedTempFile, TempDir, TempPath};
+use tempfile::{Builder, NamedTempFile, TempDir, TempPath};
 
 use super::launcher::{self, StagedLauncher};
 use super::tree;
@@ -29,6 +30,9 @@ use crate::unit::Unit;
 
 /// A text output is held in memory; a larger one is corrupt.
 const MAX_TEXT_BYTES: u64 = 64 << 20;
+
+/// A larger program is linked, too: it has debug information, which nobody strips from a program to be kept.
+const MAX_COPIED_PROGRAM_BYTES: u64 = 64 << 20;
 
 /// One staged file; removed when dropped, unless the wrapper has renamed it.
 #[derive(Debug)]
@@ -246,20 +250,23 @@ impl<'a> Stager<'a> {
     }
 
     fn new_tree(unit: &Unit, destination: &Path) -> io::Result<TempDir> {
-        tempfile::Builder::new()
+        Builder::new()
             .prefix(".cachec-")
             .permissions(fs::Permissions::from_mode(0o777 & !unit.umask))
             .tempdir_in(destination.parent().unwrap_or(destination))
     }
 
     fn new_file(&self, output: &Output) -> io::Result<NamedTempFile> {
+        self.with_name(output, |builder, directory| {
+            builder.permissions(self.permissions(output)).tempfile_in(directory)
+        })
+    }
+
+    /// Has a file made under a name of its own, beside where the output goes.
+    fn with_name<T>(&self, output: &Output, make: impl FnOnce(&mut Builder<'_, '_>, &Path) -> T) -> T {
         let path = self.directory.join(&output.name);
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        tempfile::Builder::new()
-            .prefix(".cachec-")
-            .suffix(&format!("-{name}"))
-            .permissions(self.permissions(output))
-            .tempfile_in(path.parent().unwrap_or(&self.directory))
+        let suffix = format!("-{}", path.file_name().unwrap_or_default().to_string_lossy());
+        make(Builder::new().prefix(".cachec-").suffix(&suffix), path.parent().unwrap_or(&self.directory))
     }
 
     fn staged(&self, output: &Output, path: TempPath, digest: Digest) -> io::Result<Staged> {
@@ -317,24 +324,17 @@ impl<'a> Stager<'a> {
 
     /// Clones, else hard-links where that is safe, else copies a verified object.
     fn place(&self, output: &Output, object: &(PathBuf, Identity), tier: &LocalTier) -> io::Result<Staged> {
-        let mut staged = self.new_file(output)?;
         let (path, verified) = object;
-        let cloned = rustix::fs::ioctl_ficlone(staged.as_file(), File::open(path)?).is_ok();
-        if !cloned && self.may_link(output, path) {
-            let name = staged.into_temp_path();
-            fs::remove_file(&name)?;
-            let has_own_time = tier.lend(object, &name);
-            if has_own_time || self.may_be_old(output) && fs::hard_link(path, &name).is_ok() {
-                return Ok(Staged { has_own_time, ..self.staged(output, name, output.digest)? });
-            }
-            staged = self.new_file(output)?;
+        if let Some(cloned) = self.clone(output, object, tier)? {
+            return self.staged(output, cloned, output.digest);
         }
-        let unchanged = if cloned {
-            Identity::of(&fs::metadata(path)?) == *verified
-        } else {
-            copy_unchanged(path, verified, staged.as_file_mut())?
-        };
-        if !unchanged {
+        if self.may_link(output)
+            && let Some((linked, has_own_time)) = self.link(output, object, tier)
+        {
+            return Ok(Staged { has_own_time, ..self.staged(output, linked, output.digest)? });
+        }
+        let mut staged = self.new_file(output)?;
+        if !copy_unchanged(path, verified, staged.as_file_mut())? {
             // The object has another link since, or other content: the digest tells.
             staged = self.new_file(output)?;
             copy_checked(&mut File::open(path)?, staged.as_file_mut(), output)?;
@@ -342,12 +342,50 @@ impl<'a> Stager<'a> {
         self.staged(output, staged.into_temp_path(), output.digest)
     }
 
-    /// Whether nobody will edit the output or miss its mode.
-    fn may_link(&self, output: &Output, object: &Path) -> bool {
-        let has_mode = |metadata: fs::Metadata| metadata.mode() & 0o777 == self.permissions(output).mode();
+    /// A copy that shares its blocks with the object, where the file system has such.
+    fn clone(
+        &self,
+        output: &Output,
+        (path, verified): &(PathBuf, Identity),
+        tier: &LocalTier,
+    ) -> io::Result<Option<TempPath>> {
+        if !tier.may_clone() {
+            return Ok(None);
+        }
+        let staged = self.new_file(output)?;
+        if rustix::fs::ioctl_ficlone(staged.as_file(), File::open(path)?).is_err() {
+            tier.never_clone();
+            return Ok(None);
+        }
+        let is_unchanged = Identity::of(&fs::metadata(path)?) == *verified;
+        Ok(is_unchanged.then(|| staged.into_temp_path()))
+    }
+
+    /// Another name of the object, and whether nobody else looks at its time.
+    fn link(
+        &self,
+        output: &Output,
+        object: &(PathBuf, Identity),
+        tier: &LocalTier,
+    ) -> Option<(TempPath, bool)> {
+        let mode = self.permissions(output).mode();
+        let has_mode = |metadata: fs::Metadata| metadata.mode() & 0o7777 == mode;
+        let may_share = self.may_be_old(output) && fs::metadata(&object.0).is_ok_and(has_mode);
+        let link = |name: &Path| match tier.lend(object, name, mode) {
+            true => Ok(true),
+            false if may_share => fs::hard_link(&object.0, name).map(|()| false),
+            false => Err(io::Error::from(io::ErrorKind::Unsupported)),
+        };
+        let linked = self.with_name(output, |builder, directory| builder.make_in(directory, link)).ok()?;
+        let has_own_time = *linked.as_file();
+        Some((linked.into_temp_path(), has_own_time))
+    }
+
+    /// Whether nobody will edit the output. Where somebody does all the same, the object is no longer used.
+    fn may_link(&self, output: &Output) -> bool {
+        let is_users = self.tree.is_none() && self.unit.is_primary && !self.is_script_program(output);
         let is_library = [".rlib", ".rmeta"].iter().any(|ending| output.name.ends_with(ending));
-        let is_own = is_library || !self.unit.is_primary || self.is_script_program(output);
-        self.tree.is_none() && is_own && fs::metadata(object).is_ok_and(has_mode)
+        !is_users || is_library || output.size_bytes > MAX_COPIED_PROGRAM_BYTES
     }
 
     /// Whether nobody will look at the output's mtime: cargo finds a newer file of the unit.

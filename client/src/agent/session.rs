@@ -25,6 +25,10 @@ const HEARTBEAT: Duration = Duration::from_millis(500);
 const INCREMENTAL_NOTICE: &str = "incremental compilation is off in CI and containers, where it cannot be cached; \
     CARGO_INCREMENTAL=1 turns it on, and this line off with CARGO_INCREMENTAL=0";
 
+/// Said once where the tracer cannot run.
+const UNOBSERVED_NOTICE: &str = "what compiles read cannot be observed here, so only libraries are cached; \
+    'cachec doctor' says more";
+
 /// Serves one connection to its end.
 ///
 /// # Errors
@@ -251,6 +255,9 @@ async fn run(
 
 async fn keep(agent: &Arc<Agent>, recording: Recording, finished: Finished) {
     let Recording { unit, gate, build, stored } = recording;
+    if finished.trace.is_none() {
+        agent.notify(UNOBSERVED_NOTICE.to_owned());
+    }
     if finished.needs_real_paths {
         publish::count_not_stored(agent, &unit, "needs-real-paths");
         return;

@@ -33,6 +33,13 @@ const MAX_OPEN_FILES: i32 = 512;
 const INFO_LOG_FILES: usize = 2;
 const INFO_LOG_BYTES: usize = 1 << 20;
 
+/// RocksDB's list of its files is written anew when it is this long.
+const MANIFEST_BYTES: usize = 1 << 20;
+
+/// Files of a family that wait for a compaction: it begins at the first number, writes wait from the last one on. So
+/// what is deleted and not gone yet has a bound, however fast entries come and go.
+const WAITING_FILES: [i32; 3] = [2, 3, 5];
+
 /// The column families; what is in them is described in [`rows`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Family {
@@ -377,7 +384,8 @@ fn database_options(working_bytes: u64) -> Options {
     options.set_max_background_jobs(2);
     options.set_keep_log_file_num(INFO_LOG_FILES);
     options.set_max_log_file_size(INFO_LOG_BYTES);
-    options.set_max_manifest_file_size(4 << 20);
+    options.set_max_manifest_file_size(MANIFEST_BYTES);
+    options.set_manifest_preallocation_size(64 << 10);
     options.set_wal_bytes_per_sync(1 << 20);
     options
 }
@@ -392,6 +400,10 @@ fn family_options(cache: &Cache) -> Options {
     options.set_block_based_table_factory(&blocks);
     options.set_write_buffer_size(16 << 20);
     options.set_level_compaction_dynamic_level_bytes(true);
+    let [begin, slow, stop] = WAITING_FILES;
+    options.set_level_zero_file_num_compaction_trigger(begin);
+    options.set_level_zero_slowdown_writes_trigger(slow);
+    options.set_level_zero_stop_writes_trigger(stop);
     // Entries go as often as they come, and the row that deletes one is far shorter than what it deletes: files
     // with many such rows are compacted early, so that neither space nor the search for the oldest entry suffers.
     options.add_compact_on_deletion_collector_factory(10_000, 5_000, 0.5);
