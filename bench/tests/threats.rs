@@ -325,6 +325,26 @@ fn clippy_settings_that_appear() -> Result<()> {
 }
 
 #[test]
+fn a_large_program_that_was_edited_in_place_is_linked_again() -> Result<()> {
+    let app = "static DATA: [u8; 65 << 20] = [7; 65 << 20];\n\
+        fn main() { println!(\"{}\", DATA[std::env::args().count() << 10]); }\n";
+    let case = Case::new(app, &[])?;
+    let program = case.project.root.join("target/debug/app");
+    assert_eq!(case.build()?.compiled, ["app"]);
+    for edits in 0..2 {
+        assert!(case.build()?.compiled.is_empty());
+        assert_eq!(case.project.run_app()?, "7");
+        assert_eq!(fs::metadata(&program)?.nlink(), 3, "lent by the tier, after {edits} edits");
+        let modified = fs::metadata(&program)?.modified()?;
+        fs::write(&program, "stripped")?;
+        fs::File::options().append(true).open(&program)?.set_modified(modified)?;
+        assert_eq!(case.build()?.compiled, ["app"]);
+        assert_eq!(case.project.run_app()?, "7");
+    }
+    Ok(())
+}
+
+#[test]
 fn an_output_edited_in_place_is_not_restored_elsewhere() -> Result<()> {
     let case =
         Case::new("fn main() { println!(\"{} {}\", inner::get(), maker::made!()); }\n", &["inner", "maker"])?;
