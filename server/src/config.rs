@@ -41,7 +41,7 @@ use crate::store::embedded::EmbeddedOptions;
 use crate::tls::TlsFiles;
 
 /// Below this, RocksDB's own files would be most of the store.
-const MIN_SIZE: ByteSize = ByteSize::mib(16);
+const MIN_SIZE: ByteSize = ByteSize::mib(32);
 
 /// With less, nearly every upload would be refused: most likely the unit is mistyped.
 const MIN_QUOTA: ByteSize = ByteSize::mib(1);
@@ -308,7 +308,7 @@ mod tests {
             ("[server]\nmax_size = 'ten'", &[], "max_size"),
             ("[server", &[], "server.toml"),
             ("[namespaces.'../x']", &[], "a namespace is"),
-            (FILE, &["--max-size", "1KiB"], "at least 16.0 MiB"),
+            (FILE, &["--max-size", "1KiB"], "at least 32.0 MiB"),
             (FILE, &["--max-uploads", "0"], "1 to 256"),
             (FILE, &["--scrub-interval", "59s"], "at least 1h"),
             (FILE, &["--session", "0s"], "at least 1m"),

@@ -113,7 +113,7 @@ fn noise_blob(seed: u64) -> Blob {
 /// and the next start `meddle` may do something.
 async fn kill_campaign(kills: u64, meddle: impl Fn(&Path)) {
     let data = tempfile::tempdir().unwrap();
-    let arguments = ["--max-size", "24MiB", "--recompress-level", "1"];
+    let arguments = ["--max-size", "32MiB", "--recompress-level", "1"];
     let client = harness::http_client();
     let (mut served, mut slowest) = (0, Duration::ZERO);
     for kill in 0..kills {

@@ -306,7 +306,7 @@ async fn a_lowered_limit_is_kept_from_the_start() {
 /// Everything inline, so that most of the directory is RocksDB's.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_whole_data_directory_stays_within_the_size() {
-    flooded(async |server, seed| {
+    flooded(1200, async |server, seed| {
         let blob = Blob::noise(seed, 15_000);
         assert_eq!(server.put(&blob).await, 201);
         let published = server.publish(&result((seed % 250) as u8, seed, Some(blob.digest))).await;
@@ -318,7 +318,7 @@ async fn the_whole_data_directory_stays_within_the_size() {
 /// Results go out of the database as fast as they come in.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_flood_of_long_results_stays_within_the_size() {
-    flooded(async |server, seed| {
+    flooded(300, async |server, seed| {
         for part in 0..8 {
             let mut long = result((seed % 250) as u8, seed * 8 + part, None);
             long.stderr = harness::noise(seed * 8 + part, 30_000);
@@ -328,8 +328,8 @@ async fn a_flood_of_long_results_stays_within_the_size() {
     .await;
 }
 
-/// Has four clients do something 1,200 times each, and compares all that is on the disk meanwhile with the size.
-async fn flooded(each: impl AsyncFn(&TestServer, u64)) {
+/// Has four clients do something so many times each, and compares all that is on the disk meanwhile with the size.
+async fn flooded(times: u64, each: impl AsyncFn(&TestServer, u64)) {
     const SIZE: u64 = 64 * MIB;
     let server = TestServer::start_with(SIZE, |_| {}).await;
     let (watcher, done) = watch(server.data.path(), |data| {
@@ -338,7 +338,7 @@ async fn flooded(each: impl AsyncFn(&TestServer, u64)) {
     });
     let (server_ref, each) = (&server, &each);
     let clients = (0..4_u64).map(|client| async move {
-        for seed in client * 10_000..client * 10_000 + 1200 {
+        for seed in client * 10_000..client * 10_000 + times {
             each(server_ref, seed).await;
         }
     });

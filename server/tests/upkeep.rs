@@ -102,7 +102,7 @@ async fn a_stopped_server_is_scrubbed_by_command() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_backup_of_a_busy_server_has_whole_entries_only() {
     let data = tempfile::tempdir().unwrap();
-    let arguments = ["--max-size", "24MiB"];
+    let arguments = ["--max-size", "32MiB"];
     let program = Program::start(data.path(), &arguments);
     let client = harness::http_client();
     let url = |program: &Program, digest: &Digest| format!("{}/v1/default/blobs/{digest}", program.url);
@@ -120,7 +120,7 @@ async fn a_backup_of_a_busy_server_has_whole_entries_only() {
     let writes = tokio::spawn({
         let (client, program_url, token) = (client.clone(), program.url.clone(), token.trim().to_owned());
         async move {
-            for seed in 100..160 {
+            for seed in 100..200 {
                 let blob = Blob::noise(seed, 400_000);
                 let url = format!("{program_url}/v1/default/blobs/{}", blob.digest);
                 let put = client.put(url).bearer_auth(&token).body(blob.frames);

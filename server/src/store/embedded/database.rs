@@ -36,9 +36,13 @@ const INFO_LOG_BYTES: usize = 1 << 20;
 /// RocksDB's list of its files is written anew when it is this long.
 const MANIFEST_BYTES: usize = 1 << 20;
 
+/// Memory tables grow by this much. A family's first block counts, so larger ones would have small stores flush all the
+/// time, and each flush begins a log.
+const ARENA_BLOCK_BYTES: usize = 16 << 10;
+
 /// Files of a family that wait for a compaction: it begins at the first number, writes wait from the last one on. So
 /// what is deleted and not gone yet has a bound, however fast entries come and go.
-const WAITING_FILES: [i32; 3] = [2, 3, 5];
+const WAITING_FILES: [i32; 3] = [4, 8, 12];
 
 /// The column families; what is in them is described in [`rows`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -332,7 +336,8 @@ fn open(directory: &Path, working_bytes: u64, cache: &Cache) -> Result<DB, Store
     if directory.join("CURRENT").exists() {
         names.extend(DB::list_cf(&options, directory).map_err(StoreError::database_read)?);
     }
-    let families = names.into_iter().map(|name| ColumnFamilyDescriptor::new(name, family_options(cache)));
+    let families =
+        names.into_iter().map(|name| ColumnFamilyDescriptor::new(name, family_options(working_bytes, cache)));
     let mut db = DB::open_cf_descriptors(&options, directory, families).map_err(StoreError::database_read)?;
     match db.get("format").map_err(StoreError::database_read)?.as_deref() {
         None => db.put("format", [FORMAT_VERSION]).map_err(StoreError::database_write)?,
@@ -373,12 +378,19 @@ pub(super) fn handle(db: &DB, family: Family) -> Result<&ColumnFamily, StoreErro
     db.cf_handle(family.name()).ok_or(StoreError::DamagedRow("column family"))
 }
 
+/// What logs may take together, memory tables together, and a table.
+fn part_bytes(working_bytes: u64) -> u64 {
+    (working_bytes / 4).clamp(1 << 20, 64 << 20)
+}
+
 fn database_options(working_bytes: u64) -> Options {
-    let part = (working_bytes / 4).clamp(1 << 20, 64 << 20);
+    let part = part_bytes(working_bytes);
     let mut options = Options::default();
     options.create_if_missing(true);
     options.create_missing_column_families(true);
     options.set_max_total_wal_size(part);
+    // Or else each log stays until the last family that is in it was flushed, all of them with what they will ever take.
+    options.set_atomic_flush(true);
     options.set_db_write_buffer_size(usize::try_from(part).unwrap_or(64 << 20));
     options.set_max_open_files(MAX_OPEN_FILES);
     options.set_max_background_jobs(2);
@@ -390,7 +402,7 @@ fn database_options(working_bytes: u64) -> Options {
     options
 }
 
-fn family_options(cache: &Cache) -> Options {
+fn family_options(working_bytes: u64, cache: &Cache) -> Options {
     let mut blocks = BlockBasedOptions::default();
     blocks.set_block_cache(cache);
     blocks.set_bloom_filter(10.0, false);
@@ -399,6 +411,9 @@ fn family_options(cache: &Cache) -> Options {
     let mut options = Options::default();
     options.set_block_based_table_factory(&blocks);
     options.set_write_buffer_size(16 << 20);
+    // A compaction takes that much for each of its files in advance.
+    options.set_target_file_size_base(part_bytes(working_bytes));
+    options.set_arena_block_size(ARENA_BLOCK_BYTES);
     options.set_level_compaction_dynamic_level_bytes(true);
     let [begin, slow, stop] = WAITING_FILES;
     options.set_level_zero_file_num_compaction_trigger(begin);
