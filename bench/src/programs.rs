@@ -13,13 +13,18 @@ pub struct Programs {
     pub server: PathBuf,
 }
 
-/// Builds both programs once a process, so that a test never runs a stale one.
+/// Builds both programs once a process, so that a test never runs a stale one. `CACHEC_CLIENT` and `CACHEC_SERVER` name
+/// others, as they are given to users.
 ///
 /// # Panics
 /// Where they do not build: nothing can be tested then.
 pub fn programs() -> &'static Programs {
     static PROGRAMS: OnceLock<Programs> = OnceLock::new();
     PROGRAMS.get_or_init(|| {
+        let named = |name| std::env::var_os(name).map(PathBuf::from);
+        if let (Some(client), Some(server)) = (named("CACHEC_CLIENT"), named("CACHEC_SERVER")) {
+            return Programs { client, server };
+        }
         let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."));
         let profile = if cfg!(debug_assertions) { "dev" } else { "release" };
         let mut command = Command::new(cargo());

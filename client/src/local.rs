@@ -158,14 +158,13 @@ impl LocalTier {
             {
                 return Ok(false);
             }
-            if metadata.mode() & 0o7777 != mode {
-                file.set_permissions(PermissionsExt::from_mode(mode))?;
-            }
             fs::hard_link(object, name)?;
+            let has_mode = metadata.mode() & 0o7777 == mode
+                || file.set_permissions(PermissionsExt::from_mode(mode)).is_ok();
             let now = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
-            let is_fresh =
-                rustix::fs::futimens(&file, &Timestamps { last_access: now, last_modification: now });
-            if is_fresh.is_err() || !Identity::of(&fs::metadata(name)?).same_file(verified) {
+            let times = Timestamps { last_access: now, last_modification: now };
+            let is_fresh = has_mode && rustix::fs::futimens(&file, &times).is_ok();
+            if !is_fresh || !Identity::of(&fs::metadata(name)?).same_file(verified) {
                 fs::remove_file(name)?;
                 return Ok(false);
             }

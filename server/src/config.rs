@@ -209,6 +209,11 @@ impl Config {
         for limit in [settings.max_connections, settings.max_connections_per_address] {
             ensure!(limit != Some(0), "max-connections and max-connections-per-address must be at least 1");
         }
+        let ages = file.namespaces.values().map(|rules| rules.max_age).chain([settings.max_age]);
+        ensure!(
+            ages.flatten().all(|age| age.duration() >= HOUR),
+            "max-age must be at least 1h: hours are what ages are counted in"
+        );
         for (pattern, rules) in &file.namespaces {
             let is_small =
                 [rules.quota, rules.total_quota].into_iter().flatten().any(|quota| quota < MIN_QUOTA);
@@ -312,6 +317,8 @@ mod tests {
             (FILE, &["--max-uploads", "0"], "1 to 256"),
             (FILE, &["--scrub-interval", "59s"], "at least 1h"),
             (FILE, &["--session", "0s"], "at least 1m"),
+            (FILE, &["--max-age", "0s"], "max-age must be"),
+            ("[server]\ndata = 'd'\n[namespaces.main]\nmax_age = '5m'", &[], "max-age must be"),
             (FILE, &["--max-blob-size", "0"], "at least 1MiB"),
             (FILE, &["--max-connections", "0"], "at least 1"),
             ("[server]\ndata = 'd'\n[namespaces.main]\nquota = '1KiB'", &[], "quota"),

@@ -168,6 +168,14 @@ fn open_existing(data: &Path) -> anyhow::Result<Embedded> {
         .with_context(|| format!("cannot open {}; does a server run on it?", data.display()))
 }
 
+/// The tokens of a directory that has some: a mistyped one is not made.
+fn existing_tokens(data: &Path) -> anyhow::Result<Tokens> {
+    if !data.join("tokens").is_dir() {
+        bail!("{} has no tokens", data.display());
+    }
+    Ok(Tokens::open(data)?)
+}
+
 /// Each connection and each open blob takes a descriptor, and the soft limit is often 1024.
 fn raise_descriptor_limit() {
     use rustix::process::{Resource, getrlimit, setrlimit};
@@ -194,7 +202,7 @@ fn token(command: TokenCommand) -> anyhow::Result<()> {
         }
         TokenCommand::List { data } => {
             let now = SystemTime::now();
-            for token in Tokens::open(&data.directory()?)?.list()? {
+            for token in existing_tokens(&data.directory()?)?.list()? {
                 let state = match token.expires {
                     _ if token.revoked => "revoked".to_owned(),
                     None => "active".to_owned(),
@@ -207,7 +215,7 @@ fn token(command: TokenCommand) -> anyhow::Result<()> {
             }
         }
         TokenCommand::Revoke { data, id } => {
-            if !Tokens::open(&data.directory()?)?.revoke(&id)? {
+            if !existing_tokens(&data.directory()?)?.revoke(&id)? {
                 bail!("there is no token {id:?}; `cachec-server token list` shows them");
             }
         }

@@ -108,7 +108,10 @@ impl Policy {
                 return Err(PolicyError::PublicChild { pattern: pattern.clone(), parent: parent.clone() });
             }
             if 1 + policy.layers(parent).len() > MAX_LAYERS
-                || policy.layers(parent).iter().any(|below| pattern.matches(below))
+                || policy
+                    .layers(parent)
+                    .iter()
+                    .any(|below| policy.section(below).is_some_and(|(of, _)| of == pattern))
             {
                 return Err(PolicyError::TooDeep(pattern.clone()));
             }
@@ -222,6 +225,8 @@ mod tests {
         }
         let deep = "[a]\nparent = 'b'\n[b]\nparent = 'c'\n[c]\nparent = 'd'\n[d]\nparent = 'e'\n[e]";
         assert!(matches!(policy(deep), Err(PolicyError::TooDeep(_))));
+        // A parent of the same beginning that has a section of its own is no circle.
+        assert!(policy("['pr-*']\nparent = 'pr-main'\n[pr-main]").is_ok());
         let unknown_key = toml::from_str::<BTreeMap<Pattern, Rules>>("[a]\nquotta = '1GiB'").unwrap_err();
         assert!(unknown_key.to_string().contains("expected one of"), "{unknown_key}");
     }

@@ -147,6 +147,8 @@ fn wrong_options_are_explained() {
         (&["--listen", "localhost"], "--listen"),
         (&["token", "create", "--namespace", "../x", "--allow", "read"], "a namespace is"),
         (&["token", "create", "--namespace", "x", "--allow", "all"], "read and write"),
+        (&["token", "list"], "has no tokens"),
+        (&["token", "revoke", "0123456789abcdef"], "has no tokens"),
         (&["--unknown"], "--unknown"),
     ] {
         let output = run(arguments, data.path());

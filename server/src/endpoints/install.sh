@@ -15,9 +15,9 @@ install_cachec() {
     trap 'rm -f "$file"' EXIT
     trap 'exit 1' HUP INT TERM
     if command -v curl >/dev/null; then
-        curl -fsSL -o "$file" "$url"
+        curl -fsSL --connect-timeout 10 --max-time 300 --retry 3 -o "$file" "$url"
     elif command -v wget >/dev/null; then
-        wget -q -O "$file" "$url"
+        wget -q -T 60 -O "$file" "$url"
     else
         echo "cachec: neither curl nor wget is here to fetch $url with" >&2
         exit 1
