@@ -510,6 +510,47 @@ fn directories_links_and_modes_are_restored() -> Result<()> {
 }
 
 #[test]
+fn modes_that_a_script_sets_stay_under_another_mask() -> Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    let script = "fs::write(out.join(\"text.txt\"), \"x\").unwrap();\n\
+        fs::write(out.join(\"secret\"), \"x\").unwrap();\n\
+        use std::os::unix::fs::PermissionsExt;\n\
+        fs::set_permissions(out.join(\"secret\"), fs::Permissions::from_mode(0o600)).unwrap();";
+    let case = Case::script(PRINT_TEXT, script)?;
+    // The agent is of the first build, and has its mask.
+    for (umask, directory) in [("077", 0o700), ("022", 0o755), ("022", 0o755), ("077", 0o700)] {
+        case.project.wipe()?;
+        let mut command = case.machine.command(Path::new("sh"));
+        command.args(["-c", &format!("umask {umask} && exec cargo build --quiet")]);
+        assert!(command.current_dir(&case.project.root).status()?.success());
+        case.machine.cachec(&case.project.root, &["flush"])?;
+        let out = case.out_directory()?;
+        let mode = |path: &Path| fs::metadata(path).map(|metadata| metadata.permissions().mode() & 0o777);
+        assert_eq!((mode(&out.join("secret"))?, mode(&out)?), (0o600, directory), "{umask}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_scripts_program_is_not_that_of_another_checkout() -> Result<()> {
+    use std::os::unix::fs::MetadataExt;
+    let case = Case::script(PRINT_TEXT, "fs::write(out.join(\"text.txt\"), \"x\").unwrap();")?;
+    assert!(case.runs()?);
+    let elsewhere = tempfile::tempdir()?;
+    let other = case.project.copy_to(&elsewhere.path().join("other"))?;
+    let mut programs = std::collections::BTreeSet::new();
+    for root in [&case.project.root, &other.root] {
+        assert!(case.machine.cargo(root, &["build"])?.compiled.is_empty());
+        for package in fs::read_dir(root.join("target/debug/build"))? {
+            let kept = package?.path().join("build_script_build.cachec");
+            programs.extend(fs::metadata(kept).map(|kept| kept.ino()));
+        }
+    }
+    assert_eq!(programs.len(), 2, "whoever edits the one must not change the other");
+    Ok(())
+}
+
+#[test]
 fn what_scripts_say_reaches_cargo_as_without_cachec() -> Result<()> {
     let script = "println!(\"cargo:warning=from the script\\ncargo:rustc-env=TOLD=value\\ncargo:rustc-cfg=told\\ncargo:rustc-check-cfg=cfg(told)\\ncargo:key=meta\");\n\
         eprintln!(\"said\");\nfs::write(out.join(\"text.txt\"), \"x\").unwrap();";

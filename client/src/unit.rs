@@ -356,6 +356,7 @@ impl KeyIngredients<'_> {
                 program,
                 tool,
                 working_directory: &self.request.working_directory,
+                umask: self.request.umask,
                 environment: self.environment,
                 extra_variables: &[listed.as_slice(), &named].concat(),
                 roots: self.roots,

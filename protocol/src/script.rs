@@ -8,6 +8,7 @@
 //! | `program` | included | another program does other things |
 //! | `tool` | included | many scripts ask the compiler what it can do |
 //! | `working directory` | normalised | the package's directory |
+//! | `umask` | included | a mode that a script sets cannot be told from one that the mask leaves |
 //! | `variable CARGO_MAKEFLAGS` | left out | the job server: how much runs at a time |
 //! | `variable MAKEFLAGS` | normalised | flags for Make, without those of the job server |
 //! | `variable MFLAGS` | normalised | flags for Make, without those of the job server |
@@ -199,6 +200,8 @@ pub struct ScriptAction<'a> {
     pub tool: Digest,
     /// Absolute path of the directory it runs in.
     pub working_directory: &'a [u8],
+    /// The mask that takes bits away from the modes of new files.
+    pub umask: u32,
     /// The whole environment, as names and values, in any order.
     pub environment: &'a [(Vec<u8>, Vec<u8>)],
     /// Names of variables that count besides those of the table: the user's (`CACHEC_ENV`), and those that
@@ -218,6 +221,7 @@ impl ScriptAction<'_> {
         fields.push("program", self.program.as_bytes().as_slice());
         fields.push("tool", self.tool.as_bytes().as_slice());
         fields.push("working directory", self.roots.normalise(self.working_directory)?);
+        fields.push("umask", self.umask.to_le_bytes().as_slice());
         let environment: Vec<(Vec<u8>, Vec<u8>)> = self
             .environment
             .iter()
@@ -269,6 +273,7 @@ mod tests {
             program: Digest::of(b"program"),
             tool: Digest::of(b"rustc"),
             working_directory: format!("{root}/package").as_bytes(),
+            umask: 0o22,
             environment: &environment,
             extra_variables: &["NAMED".to_owned()],
             roots: &Roots::new([(Root::Workspace, root.into())]),

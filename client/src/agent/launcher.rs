@@ -57,10 +57,9 @@ pub(super) fn placement(unit: &Unit, staged: &StagedLauncher) -> Option<Placemen
 /// Copies this program beside the unit's outputs; a clone where the file system has them.
 fn copy(unit: &Unit) -> io::Result<TempPath> {
     let mut program = File::open("/proc/self/exe")?;
-    let mut staged = tempfile::Builder::new()
-        .prefix(".cachec-")
-        .permissions(fs::Permissions::from_mode(0o777 & !unit.umask))
-        .tempfile_in(unit.output_directory())?;
+    let mut staged = tempfile::Builder::new().prefix(".cachec-").tempfile_in(unit.output_directory())?;
+    // The agent's own mask may be narrower than the build's.
+    staged.as_file().set_permissions(fs::Permissions::from_mode(0o777 & !unit.umask))?;
     if rustix::fs::ioctl_ficlone(staged.as_file(), &program).is_err() {
         io::copy(&mut program, staged.as_file_mut())?;
     }

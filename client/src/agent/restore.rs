@@ -250,10 +250,11 @@ impl<'a> Stager<'a> {
     }
 
     fn new_tree(unit: &Unit, destination: &Path) -> io::Result<TempDir> {
-        Builder::new()
-            .prefix(".cachec-")
-            .permissions(fs::Permissions::from_mode(0o777 & !unit.umask))
-            .tempdir_in(destination.parent().unwrap_or(destination))
+        let tree =
+            Builder::new().prefix(".cachec-").tempdir_in(destination.parent().unwrap_or(destination))?;
+        // The agent's own mask may be narrower than the build's.
+        fs::set_permissions(tree.path(), fs::Permissions::from_mode(0o777 & !unit.umask))?;
+        Ok(tree)
     }
 
     fn new_file(&self, output: &Output) -> io::Result<NamedTempFile> {
@@ -369,8 +370,10 @@ impl<'a> Stager<'a> {
         tier: &LocalTier,
     ) -> Option<(TempPath, bool)> {
         let mode = self.permissions(output).mode();
-        let has_mode = |metadata: fs::Metadata| metadata.mode() & 0o7777 == mode;
-        let may_share = self.may_be_old(output) && fs::metadata(&object.0).is_ok_and(has_mode);
+        let is_like_own = |metadata: fs::Metadata| {
+            metadata.mode() & 0o7777 == mode && metadata.uid() == rustix::process::geteuid().as_raw()
+        };
+        let may_share = self.may_be_old(output) && fs::metadata(&object.0).is_ok_and(is_like_own);
         let link = |name: &Path| match tier.lend(object, name, mode) {
             true => Ok(true),
             false if may_share => fs::hard_link(&object.0, name).map(|()| false),
@@ -388,11 +391,11 @@ impl<'a> Stager<'a> {
         !is_users || is_library || output.size_bytes > MAX_COPIED_PROGRAM_BYTES
     }
 
-    /// Whether nobody will look at the output's mtime: cargo finds a newer file of the unit.
+    /// Whether another checkout's file will do: a library, with a newer file of the unit for cargo to look at. Nobody
+    /// edits those; a script's program is run again without being looked at.
     fn may_be_old(&self, output: &Output) -> bool {
         let has_fresh_companion = self.result.outputs.iter().any(|other| other.name.ends_with(".rmeta"));
-        let is_library = output.name.ends_with(".rlib") && has_fresh_companion && !self.unit.is_primary;
-        is_library || self.is_script_program(output)
+        output.name.ends_with(".rlib") && has_fresh_companion && !self.unit.is_primary
     }
 
     fn is_script_program(&self, output: &Output) -> bool {
