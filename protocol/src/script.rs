@@ -102,7 +102,7 @@ use crate::fields::Fields;
 use crate::roots::{RootError, Roots};
 
 /// Context of the key's derivation; see [`crate::action::KEY_VERSION`].
-pub const SCRIPT_KEY_VERSION: &str = "cachec 2026-11 script action key v1";
+pub const SCRIPT_KEY_VERSION: &str = "cachec 2026-11 script action key v2";
 
 const VARIABLE_RULES: VariableRules = &[
     ("CARGO_MAKEFLAGS", LeftOut),
@@ -286,7 +286,7 @@ mod tests {
     #[test]
     fn golden_script_action_key() {
         let environment = [("OPT_LEVEL", "0"), ("NUM_JOBS", "8"), ("OUT_DIR", "/src/app/out")];
-        let expected = "c379d254acc7c6b6af3c007ff11f785c57cd25caf156cd1a54378d987bfbd2d6";
+        let expected = "a4b3edbbb7a1c9f23ef1e0c696cb21fa0c71998d2f3bccef7893f462f0c3d0ea";
         assert_eq!(key(&environment, "/src/app").to_string(), expected);
     }
 
@@ -317,7 +317,12 @@ mod tests {
 
     #[test]
     fn the_documented_table_is_the_code() {
-        let before = [("program", Included), ("tool", Included), ("working directory", Normalised)];
+        let before = [
+            ("program", Included),
+            ("tool", Included),
+            ("working directory", Normalised),
+            ("umask", Included),
+        ];
         let before = before.into_iter().map(|(name, treatment)| (name.to_owned(), treatment));
         check_documented_table(include_str!("script.rs"), before, VARIABLE_RULES);
     }
