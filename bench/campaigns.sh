@@ -12,7 +12,12 @@ for campaign in ${@:-kills flips crowd entries timing}; do
     case $campaign in
         kills) run "kill -9 at any moment" CACHEC_KILLS "${COUNT:-1000}" durability a_killed_server ;;
         # A store is copied and opened for each flip: in memory, where there is such a directory.
-        flips) [ ! -w /dev/shm ] || export TMPDIR=/dev/shm; run "flipped bits and cut files" CACHEC_FLIPS "${COUNT:-10000}" corruption flipped_bits ;;
+        flips)
+            (
+                [ ! -w /dev/shm ] || export TMPDIR=/dev/shm
+                run "flipped bits and cut files" CACHEC_FLIPS "${COUNT:-10000}" corruption flipped_bits
+            )
+            ;;
         crowd) run "slow clients" CACHEC_CONNECTIONS "${COUNT:-10000}" crowd a_crowd ;;
         timing) run "what is there and what is not, for strangers" CACHEC_REQUESTS "${COUNT:-20000}" namespaces who_may_not_read ;;
         entries) run "entries" CACHEC_ENTRIES "${COUNT:-10000000}" scale an_entry_costs ;;
