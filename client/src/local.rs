@@ -337,6 +337,12 @@ mod tests {
 
     use super::*;
 
+    fn new_tier(limit_bytes: u64) -> (tempfile::TempDir, LocalTier, Memo) {
+        let directory = tempfile::tempdir().unwrap();
+        let tier = LocalTier::open(directory.path(), limit_bytes).unwrap();
+        (directory, tier, Memo::default())
+    }
+
     fn store(tier: &LocalTier, memo: &Memo, action: u8, content: &[u8]) -> StoredResult {
         let digest = Digest::of(content);
         let mut staged = tier.stage().unwrap();
@@ -366,9 +372,7 @@ mod tests {
 
     #[test]
     fn what_is_stored_is_found_again() {
-        let directory = tempfile::tempdir().unwrap();
-        let memo = Memo::default();
-        let tier = LocalTier::open(directory.path(), 1 << 20).unwrap();
+        let (directory, tier, memo) = new_tier(1 << 20);
         let result = store(&tier, &memo, 1, b"content");
         let reopened = LocalTier::open(directory.path(), 1 << 20).unwrap();
         assert_eq!(reopened.manifest(&result.action_key), std::slice::from_ref(&result));
@@ -380,9 +384,7 @@ mod tests {
 
     #[test]
     fn a_corrupt_object_is_removed_and_not_used() {
-        let directory = tempfile::tempdir().unwrap();
-        let memo = Memo::default();
-        let tier = LocalTier::open(directory.path(), 1 << 20).unwrap();
+        let (_directory, tier, memo) = new_tier(1 << 20);
         let digest = store(&tier, &memo, 1, b"content").outputs[0].digest;
         fs::write(tier.object_path(&digest), b"CONTENT").unwrap();
         assert_eq!(tier.object(&digest, &memo).unwrap_err().kind(), io::ErrorKind::InvalidData);
@@ -391,9 +393,7 @@ mod tests {
 
     #[test]
     fn an_object_is_lent_once_and_with_the_present_time() {
-        let directory = tempfile::tempdir().unwrap();
-        let memo = Memo::default();
-        let tier = LocalTier::open(directory.path(), 1 << 20).unwrap();
+        let (directory, tier, memo) = new_tier(1 << 20);
         let digest = store(&tier, &memo, 1, b"content").outputs[0].digest;
         let path = tier.object_path(&digest);
         File::options().append(true).open(&path).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
@@ -413,9 +413,7 @@ mod tests {
 
     #[test]
     fn privileges_that_a_borrower_was_given_are_not_lent_on() {
-        let directory = tempfile::tempdir().unwrap();
-        let memo = Memo::default();
-        let tier = LocalTier::open(directory.path(), 1 << 20).unwrap();
+        let (directory, tier, memo) = new_tier(1 << 20);
         let digest = store(&tier, &memo, 1, b"content").outputs[0].digest;
         let name = directory.path().join("name");
         let lend = || tier.lend(&tier.object(&digest, &memo).unwrap(), &name, 0o755);
@@ -434,9 +432,7 @@ mod tests {
 
     #[test]
     fn eviction_keeps_what_was_used_last_and_holds_the_limit() {
-        let directory = tempfile::tempdir().unwrap();
-        let memo = Memo::default();
-        let tier = LocalTier::open(directory.path(), 3500).unwrap();
+        let (_directory, tier, memo) = new_tier(3500);
         let first = store(&tier, &memo, 1, &[1; 1000]);
         let second = store(&tier, &memo, 2, &[2; 1000]);
         let _third = store(&tier, &memo, 3, &[3; 1000]);

@@ -107,12 +107,9 @@ impl Policy {
             if rule.anonymous_read && !policy.rules(parent).anonymous_read {
                 return Err(PolicyError::PublicChild { pattern: pattern.clone(), parent: parent.clone() });
             }
-            if 1 + policy.layers(parent).len() > MAX_LAYERS
-                || policy
-                    .layers(parent)
-                    .iter()
-                    .any(|below| policy.section(below).is_some_and(|(of, _)| of == pattern))
-            {
+            let layers = policy.layers(parent);
+            let is_own = |below| policy.section(below).is_some_and(|(of, _)| of == pattern);
+            if 1 + layers.len() > MAX_LAYERS || layers.iter().any(is_own) {
                 return Err(PolicyError::TooDeep(pattern.clone()));
             }
         }

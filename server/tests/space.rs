@@ -336,10 +336,10 @@ async fn flooded(times: u64, each: impl AsyncFn(&TestServer, u64)) {
         let files = harness::files(data);
         files.iter().filter_map(|path| path.metadata().ok()).map(|file| file.blocks() * 512).sum()
     });
-    let (server_ref, each) = (&server, &each);
+    let (server, each) = (&server, &each);
     let clients = (0..4_u64).map(|client| async move {
         for seed in client * 10_000..client * 10_000 + times {
-            each(server_ref, seed).await;
+            each(server, seed).await;
         }
     });
     futures_util::future::join_all(clients).await;
