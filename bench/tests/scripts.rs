@@ -59,10 +59,15 @@ impl ScriptCase for Case {
     }
 
     fn out_directory(&self) -> Result<PathBuf> {
-        let entries = fs::read_dir(self.project.root.join("target/debug/build"))?;
-        let outs = entries.map(|entry| Ok(entry?.path().join("out"))).collect::<Result<Vec<_>>>()?;
-        outs.into_iter().find(|out| out.is_dir()).context("an output directory")
+        below_build(&self.project.root, "out")
     }
+}
+
+/// What a script's directories have of this name.
+fn below_build(root: &Path, name: &str) -> Result<PathBuf> {
+    let entries = fs::read_dir(root.join("target/debug/build"))?;
+    let paths = entries.map(|entry| Ok(entry?.path().join(name))).collect::<Result<Vec<_>>>()?;
+    paths.into_iter().find(|path| path.exists()).with_context(|| format!("{name} of a script"))
 }
 
 fn was_run(build: &Build) -> bool {
@@ -517,16 +522,20 @@ fn modes_that_a_script_sets_stay_under_another_mask() -> Result<()> {
         use std::os::unix::fs::PermissionsExt;\n\
         fs::set_permissions(out.join(\"secret\"), fs::Permissions::from_mode(0o600)).unwrap();";
     let case = Case::script(PRINT_TEXT, script)?;
-    // The agent is of the first build, and has its mask.
-    for (umask, directory) in [("077", 0o700), ("022", 0o755), ("022", 0o755), ("077", 0o700)] {
+    // The agent is of the first build, and has its mask. A mask's first build runs the script.
+    let rounds = [("077", 0o700, true), ("022", 0o755, true), ("022", 0o755, false), ("077", 0o700, false)];
+    for (umask, allowed, runs) in rounds {
         case.project.wipe()?;
         let mut command = case.machine.command(Path::new("sh"));
         command.args(["-c", &format!("umask {umask} && exec cargo build --quiet")]);
-        assert!(command.current_dir(&case.project.root).status()?.success());
+        let build = case.machine.run(|| Ok(command.current_dir(&case.project.root).output()?))?;
+        assert!(build.success, "{}", build.stderr);
         case.machine.cachec(&case.project.root, &["flush"])?;
-        let out = case.out_directory()?;
         let mode = |path: &Path| fs::metadata(path).map(|metadata| metadata.permissions().mode() & 0o777);
-        assert_eq!((mode(&out.join("secret"))?, mode(&out)?), (0o600, directory), "{umask}");
+        let (out, launcher) = (case.out_directory()?, below_build(&case.project.root, "build-script-build")?);
+        let modes = (mode(&out.join("secret"))?, mode(&out)?, mode(&launcher)?);
+        assert_eq!(modes, (0o600, allowed, allowed), "{umask}");
+        assert_eq!(was_run(&build), runs, "{umask}");
     }
     Ok(())
 }

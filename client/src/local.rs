@@ -431,6 +431,16 @@ mod tests {
     }
 
     #[test]
+    fn what_belongs_to_somebody_else_is_not_lent() {
+        let (directory, tier, memo) = new_tier(1 << 20);
+        let digest = store(&tier, &memo, 1, b"content").outputs[0].digest;
+        // Only root may give it away.
+        let given = std::os::unix::fs::chown(tier.object_path(&digest), Some(65534), None);
+        let name = directory.path().join("name");
+        assert_eq!(tier.lend(&tier.object(&digest, &memo).unwrap(), &name, 0o644), given.is_err());
+    }
+
+    #[test]
     fn eviction_keeps_what_was_used_last_and_holds_the_limit() {
         let (_directory, tier, memo) = new_tier(3500);
         let first = store(&tier, &memo, 1, &[1; 1000]);

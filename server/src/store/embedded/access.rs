@@ -1,11 +1,11 @@
 //! Access times: what was used last, applied in batches.
 //!
-//! An access is a sequence number, given at once, not a time. Accesses wait in a list, so that reading writes
-//! nothing; they are applied once a second, when the list is long, and before anything is evicted. A crash forgets at most
+//! An access is a sequence number, given at once, not a time. An entry's last access waits in memory, so that reading
+//! writes nothing; they are applied once a second, when many wait, and before anything is evicted. A crash forgets at most
 //! those that waited.
 
 use std::collections::HashMap;
-use std::sync::PoisonError;
+use std::sync::{MutexGuard, PoisonError};
 
 use super::Engine;
 use super::database::Family;
@@ -21,7 +21,7 @@ impl Engine {
     /// written, as on a full disk, does not keep anybody from reading: they are forgotten.
     pub(super) fn touch(&self, entries: impl IntoIterator<Item = Entry>) {
         let waiting = {
-            let mut touches = self.touches.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut touches = self.touches();
             touches.extend(entries.into_iter().map(|entry| (entry, self.next_sequence())));
             touches.len()
         };
@@ -33,23 +33,24 @@ impl Engine {
         }
     }
 
-    /// Counts a blob as used now, where no batch is due; says whether it could.
-    pub(super) fn touch_now(&self, key: &[u8]) -> bool {
-        let mut touches = self.touches.lock().unwrap_or_else(PoisonError::into_inner);
-        let has_room = touches.len() + 1 < MAX_WAITING;
+    /// Counts entries as used now, where no batch is due; says whether it could.
+    pub(super) fn touch_now(&self, entries: Vec<Entry>) -> bool {
+        let mut touches = self.touches();
+        let has_room = touches.len() + entries.len() < MAX_WAITING;
         if has_room {
-            touches.push((Entry::blob(key), self.next_sequence()));
+            touches.extend(entries.into_iter().map(|entry| (entry, self.next_sequence())));
         }
         has_room
     }
 
+    fn touches(&self) -> MutexGuard<'_, HashMap<Entry, u64>> {
+        self.touches.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Applies all accesses that wait. Lock order: ledger, then touches.
     pub(super) fn apply_touches(&self, ledger: &mut Ledger) -> Result<(), StoreError> {
-        let waiting = std::mem::take(&mut *self.touches.lock().unwrap_or_else(PoisonError::into_inner));
-        // Only an entry's last access counts, and a batch that reads a row twice would not see its own write.
-        let last: HashMap<Entry, u64> = waiting.into_iter().collect();
-        let last: Vec<(Entry, u64)> = last.into_iter().collect();
-        for touches in last.chunks(MAX_WAITING) {
+        let waiting: Vec<(Entry, u64)> = std::mem::take(&mut *self.touches()).into_iter().collect();
+        for touches in waiting.chunks(MAX_WAITING) {
             self.apply(ledger, touches)?;
         }
         Ok(())

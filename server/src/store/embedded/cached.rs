@@ -1,4 +1,5 @@
-//! Small blobs that are in memory: read where they are asked for, since changing threads takes longer than reading.
+//! Small blobs and lookups of few keys: answered where they are asked for if all is in memory, since changing threads
+//! takes longer than reading.
 //!
 //! Nothing here waits: not for the disk (RocksDB and the kernel are told to answer from their caches alone), nor for a
 //! lock that is held for long. What cannot be had so is read on another thread.
@@ -8,13 +9,19 @@ use std::io::IoSliceMut;
 use std::path::Path;
 
 use bytes::Bytes;
+use cachec_protocol::ActionKey;
+use cachec_protocol::message::Manifest;
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 use rustix::io::ReadWriteFlags;
 
 use super::Engine;
-use super::database::Family;
-use super::rows::{BlobHome, BlobRow};
+use super::database::{Family, Whereabouts};
+use super::rows::{BlobHome, BlobRow, Entry};
+use crate::namespace::Namespace;
 use crate::store::{BlobSource, CHUNK_BYTES, OpenBlob};
+
+/// A lookup of more keys goes to another thread.
+const FEW_KEYS: usize = 32;
 
 impl Engine {
     /// A blob that is in memory as a whole, if this one is.
@@ -27,8 +34,23 @@ impl Engine {
             }
             BlobHome::File(_) | BlobHome::Lost => return None,
         };
-        let is_noted = self.touch_now(key);
+        let is_noted = self.touch_now(vec![Entry::blob(key)]);
         is_noted.then_some(OpenBlob { stored_bytes: row.stored_bytes, source: BlobSource::Memory(data) })
+    }
+
+    /// The answer to a lookup, if there is little to it and all of it is in memory.
+    pub(super) fn lookup_cached(
+        &self,
+        namespace: &Namespace,
+        keys: &[ActionKey],
+        limit_bytes: usize,
+    ) -> Option<Vec<Manifest>> {
+        if keys.len() > FEW_KEYS {
+            return None;
+        }
+        let limit_bytes = limit_bytes.min(CHUNK_BYTES);
+        let answer = self.answer(Whereabouts::Memory, namespace, keys, limit_bytes).ok()?;
+        (answer.is_whole && self.touch_now(answer.used)).then_some(answer.manifests)
     }
 }
 
@@ -47,13 +69,13 @@ fn read_cached(path: &Path, length: u64) -> Option<Bytes> {
 
 #[cfg(test)]
 mod tests {
-    use cachec_protocol::Digest;
     use cachec_protocol::pack::{self, UPLOAD_LEVEL};
+    use cachec_protocol::{Digest, ResultKey};
 
     use super::*;
     use crate::store::embedded::rows::row_key;
     use crate::store::embedded::{Embedded, EmbeddedOptions};
-    use crate::store::{BlobUpload, Store};
+    use crate::store::{BlobUpload, Publication, Store};
 
     #[test]
     fn only_a_whole_file_in_memory_is_read() {
@@ -86,17 +108,49 @@ mod tests {
         assert!(rounds().any(|()| read_cached(&path, 100_000).is_none()));
     }
 
-    #[tokio::test]
-    async fn small_blobs_are_read_at_once_and_others_are_left() {
-        let directory = tempfile::tempdir().unwrap();
-        let store = Embedded::open(&EmbeddedOptions {
-            directory: directory.path().to_owned(),
+    fn new_store(directory: &Path) -> (Embedded, Namespace) {
+        let options = EmbeddedOptions {
+            directory: directory.to_owned(),
             max_size_bytes: 64 << 20,
             max_blob_bytes: 8 << 20,
             policy: std::sync::Arc::default(),
-        })
-        .unwrap();
-        let namespace: crate::namespace::Namespace = "main".parse().unwrap();
+        };
+        (Embedded::open(&options).unwrap(), "main".parse().unwrap())
+    }
+
+    #[tokio::test]
+    async fn lookups_of_what_was_just_published_do_not_change_threads() {
+        let directory = tempfile::tempdir().unwrap();
+        let (store, namespace) = new_store(directory.path());
+        let keys: Vec<ActionKey> = (0..40).map(|number| ActionKey::from_bytes([number; 32])).collect();
+        for action_key in &keys[1..] {
+            let publication = Publication {
+                namespace: namespace.clone(),
+                result_key: ResultKey::from_bytes(*action_key.as_bytes()),
+                action_key: *action_key,
+                pack: None,
+                encoded: Bytes::from(vec![7; 20_000]),
+                action_fields: Vec::new(),
+            };
+            store.publish(publication).await.unwrap();
+        }
+        let found = |keys: &[ActionKey], limit_bytes| {
+            Some(store.engine.lookup_cached(&namespace, keys, limit_bytes)?.len())
+        };
+        // The first is nowhere; of what follows, there are many keys, many bytes, and few that may be sent.
+        assert_eq!(found(&keys[..10], 1 << 20), Some(9));
+        assert_eq!(
+            (found(&keys, 1 << 20), found(&keys[..20], 1 << 20), found(&keys[..10], 100_000)),
+            (None, None, None)
+        );
+        assert_eq!(store.lookup(namespace.clone(), keys.clone(), 1 << 20).await.unwrap().len(), 39);
+        assert_eq!(store.lookup(namespace, keys, 100_000).await.unwrap().len(), 4);
+    }
+
+    #[tokio::test]
+    async fn small_blobs_are_read_at_once_and_others_are_left() {
+        let directory = tempfile::tempdir().unwrap();
+        let (store, namespace) = new_store(directory.path());
         for (length, is_cached) in [(100, true), (100_000, true), (3 << 20, false)] {
             let mut content = vec![0; length];
             blake3::Hasher::new().finalize_xof().fill(&mut content);

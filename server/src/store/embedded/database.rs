@@ -89,6 +89,15 @@ impl Family {
     }
 }
 
+/// Where a value may be read from.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Whereabouts {
+    /// From disk, if need be.
+    Anywhere,
+    /// From memory, without waiting for anything.
+    Memory,
+}
+
 /// A key and its value.
 pub(super) type Row = (Box<[u8]>, Box<[u8]>);
 
@@ -190,17 +199,30 @@ impl Database {
 
     /// A value as it is stored.
     pub(super) fn get(&self, family: Family, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
-        let open = self.read();
-        open.db()?.get_cf(open.family(family)?, key).map_err(StoreError::database_read)
+        self.get_from(Whereabouts::Anywhere, family, key)
     }
 
-    /// A value that is in memory, if it is; reads nothing from disk and waits for nothing.
-    pub(super) fn cached(&self, family: Family, key: &[u8]) -> Option<Vec<u8>> {
-        let open = Open(self.db.try_read().ok()?);
+    /// A value as it is stored. That it cannot be told from memory alone is an error.
+    pub(super) fn get_from(
+        &self,
+        whereabouts: Whereabouts,
+        family: Family,
+        key: &[u8],
+    ) -> Result<Option<Vec<u8>>, StoreError> {
         let mut options = ReadOptions::default();
-        options.set_read_tier(ReadTier::BlockCache);
-        // What would have to be read is an error.
-        open.db().ok()?.get_cf_opt(open.family(family).ok()?, key, &options).ok()?
+        let open = match whereabouts {
+            Whereabouts::Anywhere => self.read(),
+            Whereabouts::Memory => {
+                options.set_read_tier(ReadTier::BlockCache);
+                Open(self.db.try_read().map_err(|_| StoreError::Read(io::ErrorKind::WouldBlock.into()))?)
+            }
+        };
+        open.db()?.get_cf_opt(open.family(family)?, key, &options).map_err(StoreError::database_read)
+    }
+
+    /// A value that is in memory, if it is.
+    pub(super) fn cached(&self, family: Family, key: &[u8]) -> Option<Vec<u8>> {
+        self.get_from(Whereabouts::Memory, family, key).ok()?
     }
 
     /// As [`Self::cached`], decoded.

@@ -28,9 +28,9 @@
 //! Locks, in order: ledger, then touches or fresh. Whoever writes entries holds the ledger; reads take neither. A
 //! reservation is never dropped with the ledger held.
 //!
-//! Every call that touches RocksDB or a file runs on tokio's blocking threads, but for small blobs that are in memory
-//! (cached.rs): most take microseconds, but a read may wait for the disk and a write for a compaction. A call that was begun runs to its end, even where
-//! the request that made it is gone.
+//! Every call that touches RocksDB or a file runs on tokio's blocking threads, but for what is small and in memory
+//! (cached.rs): most take microseconds, but a read may wait for the disk and a write for a compaction. A call that was
+//! begun runs to its end, even where the request that made it is gone.
 
 mod access;
 mod ages;
@@ -48,7 +48,7 @@ mod scrub;
 mod shares;
 mod upload;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::unix::fs::DirBuilderExt;
@@ -109,8 +109,8 @@ struct Engine {
     max_blob_bytes: u64,
     policy: Arc<Policy>,
     ledger: Mutex<Ledger>,
-    /// Accesses that wait for being applied, each with its sequence number.
-    touches: Mutex<Vec<(Entry, u64)>>,
+    /// Last accesses that wait for being applied, with their sequence numbers.
+    touches: Mutex<HashMap<Entry, u64>>,
     /// The last sequence number that was given.
     sequence: AtomicU64,
     fresh: Mutex<Fresh>,
@@ -151,7 +151,7 @@ impl Embedded {
             policy: Arc::clone(&options.policy),
             sequence: AtomicU64::new(ledger.totals.sequence),
             ledger: Mutex::new(ledger),
-            touches: Mutex::new(Vec::new()),
+            touches: Mutex::default(),
             fresh: Mutex::default(),
             backups: AtomicUsize::new(0),
             last_minute: Mutex::new(Instant::now()),
@@ -230,7 +230,10 @@ impl Store for Embedded {
         keys: Vec<ActionKey>,
         limit_bytes: usize,
     ) -> StoreFuture<'_, Vec<Manifest>> {
-        self.run(move |engine| engine.lookup(&namespace, &keys, limit_bytes))
+        match self.engine.lookup_cached(&namespace, &keys, limit_bytes) {
+            Some(manifests) => Box::pin(std::future::ready(Ok(manifests))),
+            None => self.run(move |engine| engine.lookup(&namespace, &keys, limit_bytes)),
+        }
     }
 
     fn blob_lengths(&self, namespace: Namespace, digest: Digest) -> StoreFuture<'_, Option<BlobLengths>> {

@@ -10,10 +10,9 @@ use std::sync::Arc;
 use cachec_protocol::ActionKey;
 use cachec_protocol::digest::DIGEST_BYTES;
 use cachec_protocol::message::{MAX_MANIFEST_RESULTS, Manifest};
-use minicbor::bytes::ByteVec;
 
 use super::Engine;
-use super::database::Family;
+use super::database::{Family, Whereabouts};
 use super::ledger::Ledger;
 use super::rows::{self, BlobHome, BlobRow, Entry, ResultRow};
 use crate::namespace::Namespace;
@@ -105,7 +104,17 @@ impl Engine {
 
     /// A manifest's result keys, newest first; empty where there is none.
     pub(super) fn manifest(&self, key: &[u8]) -> Result<Vec<[u8; DIGEST_BYTES]>, StoreError> {
-        let Some(bytes) = self.database.get(Family::Manifests, key)? else { return Ok(Vec::new()) };
+        self.manifest_from(Whereabouts::Anywhere, key)
+    }
+
+    fn manifest_from(
+        &self,
+        whereabouts: Whereabouts,
+        key: &[u8],
+    ) -> Result<Vec<[u8; DIGEST_BYTES]>, StoreError> {
+        let Some(bytes) = self.database.get_from(whereabouts, Family::Manifests, key)? else {
+            return Ok(Vec::new());
+        };
         let (keys, rest) = bytes.as_chunks::<DIGEST_BYTES>();
         if rest.is_empty() { Ok(keys.to_vec()) } else { Err(StoreError::DamagedRow("manifest")) }
     }
@@ -117,30 +126,48 @@ impl Engine {
         keys: &[ActionKey],
         limit_bytes: usize,
     ) -> Result<Vec<Manifest>, StoreError> {
+        let answer = self.answer(Whereabouts::Anywhere, namespace, keys, limit_bytes)?;
+        self.touch(answer.used);
+        Ok(answer.manifests)
+    }
+
+    /// What a lookup of these keys finds.
+    pub(super) fn answer(
+        &self,
+        whereabouts: Whereabouts,
+        namespace: &Namespace,
+        keys: &[ActionKey],
+        limit_bytes: usize,
+    ) -> Result<Answer, StoreError> {
         let mut left_bytes = limit_bytes;
-        let mut manifests = Vec::new();
-        let mut used = Vec::new();
+        let mut answer = Answer { manifests: Vec::new(), used: Vec::new(), is_whole: true };
         let mut seen = HashSet::new();
-        'keys: for action_key in keys.iter().filter(|key| seen.insert(**key)) {
+        for action_key in keys.iter().filter(|key| seen.insert(**key)) {
             let manifest_key = rows::row_key(namespace, action_key.as_bytes());
             let mut results = Vec::new();
-            for result_key in self.manifest(&manifest_key)? {
+            for result_key in self.manifest_from(whereabouts, &manifest_key)? {
                 let key = rows::sibling_key(&manifest_key, &result_key);
                 // It may have been evicted since the manifest was read.
-                let Some(encoded) = self.database.get(Family::Results, &key)? else { continue };
+                let Some(encoded) = self.database.get_from(whereabouts, Family::Results, &key)? else {
+                    continue;
+                };
                 let Some(left) = left_bytes.checked_sub(encoded.len() + 2 * DIGEST_BYTES) else {
-                    // More would be read for nothing.
-                    manifests.extend(manifest(*action_key, results));
-                    break 'keys;
+                    answer.is_whole = false;
+                    break;
                 };
                 left_bytes = left;
                 results.push(encoded.into());
-                used.push(Entry::result(key));
+                answer.used.push(Entry::result(key));
             }
-            manifests.extend(manifest(*action_key, results));
+            if !results.is_empty() {
+                answer.manifests.push(Manifest { action_key: *action_key, results });
+            }
+            if !answer.is_whole {
+                // More would be read for nothing.
+                break;
+            }
         }
-        self.touch(used);
-        Ok(manifests)
+        Ok(answer)
     }
 
     /// The row of a blob that is there.
@@ -150,6 +177,10 @@ impl Engine {
     }
 }
 
-fn manifest(action_key: ActionKey, results: Vec<ByteVec>) -> Option<Manifest> {
-    (!results.is_empty()).then_some(Manifest { action_key, results })
+/// What a lookup finds.
+pub(super) struct Answer {
+    pub(super) manifests: Vec<Manifest>,
+    pub(super) used: Vec<Entry>,
+    /// Whether the limit has left nothing out.
+    pub(super) is_whole: bool,
 }
