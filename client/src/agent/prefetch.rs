@@ -12,8 +12,10 @@
 //! Locks: `Builds` and each build's `State`, leaf mutexes that are not held across an `await`.
 
 use std::collections::{HashMap, HashSet};
+use std::ffi::OsStr;
 use std::fs;
 use std::io::{self, Seek, SeekFrom, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -152,15 +154,11 @@ impl Build {
     fn of_cargo(cargo: u32) -> Option<Self> {
         let words = fs::read(format!("/proc/{cargo}/cmdline")).ok()?;
         let directory = fs::read_link(format!("/proc/{cargo}/cwd")).ok()?;
+        let (arguments, manifest) = what_is_built(words.split(|byte| *byte == 0).skip(1));
+        let manifest = directory.join(manifest.unwrap_or(Path::new("Cargo.toml")));
         let lock =
-            directory.ancestors().map(|directory| directory.join("Cargo.lock")).find(|file| file.is_file());
+            manifest.ancestors().map(|path| path.with_file_name("Cargo.lock")).find(|file| file.is_file());
         let packages = own_packages(&lock?)?;
-        let arguments: Vec<Vec<u8>> = words
-            .split(|byte| *byte == 0)
-            .skip(1)
-            .filter(|word| !word.is_empty() && !is_presentation(word))
-            .map(<[u8]>::to_vec)
-            .collect();
         let machine = format!("{} {}", std::env::consts::ARCH, std::env::consts::OS);
         let key = BuildAction { packages: &packages, arguments: &arguments, machine: &machine }.key();
         Some(Self {
@@ -488,12 +486,33 @@ fn is_only_compiling(arguments: &[Vec<u8>]) -> bool {
     is_one && !arguments.iter().any(|word| tests.iter().any(|test| word.starts_with(test.as_bytes())))
 }
 
-/// Whether one of cargo's arguments only says how it talks, or how much it does at a time.
-fn is_presentation(word: &[u8]) -> bool {
+/// Cargo's arguments without those that say how it talks, how much it does at a time and where things are; and where the
+/// manifest is, if they say that.
+fn what_is_built<'w>(words: impl Iterator<Item = &'w [u8]>) -> (Vec<Vec<u8>>, Option<&'w Path>) {
     let plain =
         [b"-q".as_slice(), b"-v", b"-vv", b"--quiet", b"--verbose", b"--locked", b"--offline", b"--frozen"];
-    let starts = [b"-j".as_slice(), b"--jobs=", b"--color=", b"--message-format="];
-    plain.contains(&word) || starts.iter().any(|start| word.starts_with(start))
+    let with_value =
+        ["-j", "--jobs", "--color", "--message-format", "--target-dir", "--manifest-path"].map(str::as_bytes);
+    let (mut arguments, mut manifest) = (Vec::new(), None);
+    let mut words = words.filter(|word| !word.is_empty() && !plain.contains(word));
+    while let Some(word) = words.next() {
+        // `--name value`, `--name=value` or `-j4`.
+        let is_its = |name: &&[u8]| {
+            let rest = word.strip_prefix(*name);
+            rest.is_some_and(|rest| *name == b"-j" || rest.is_empty() || rest.starts_with(b"="))
+        };
+        let Some(name) = with_value.into_iter().find(is_its) else {
+            arguments.push(word.to_vec());
+            continue;
+        };
+        let attached = word.strip_prefix(name).filter(|rest| !rest.is_empty());
+        let value =
+            attached.map_or_else(|| words.next(), |rest| Some(rest.strip_prefix(b"=").unwrap_or(rest)));
+        if name == b"--manifest-path" {
+            manifest = value.map(|path| Path::new(OsStr::from_bytes(path)));
+        }
+    }
+    (arguments, manifest)
 }
 
 #[cfg(test)]
@@ -510,6 +529,23 @@ mod tests {
         assert_eq!(own_packages(&lock).unwrap(), ["a", "b"]);
         fs::write(&lock, "no lock").unwrap();
         assert!(own_packages(&lock).is_none());
+    }
+
+    #[test]
+    fn how_and_where_something_is_built_is_left_out() {
+        let of = |line: &str| {
+            let line = line.replace(' ', "\0");
+            let (arguments, manifest) = what_is_built(line.as_bytes().split(|byte| *byte == 0));
+            let text = |word: &Vec<u8>| String::from_utf8_lossy(word).into_owned();
+            let manifest = manifest.map(|path| path.display().to_string()).unwrap_or_default();
+            format!("{} | {manifest}", arguments.iter().map(text).collect::<Vec<_>>().join(" "))
+        };
+        assert_eq!(of("build -j 4 -q --release"), "build --release | ");
+        assert_eq!(of("build -j4 --jobs=2 --color never --locked"), "build | ");
+        assert_eq!(of("test --manifest-path a/Cargo.toml --target-dir=/t -p x"), "test -p x | a/Cargo.toml");
+        assert_eq!(of("test --manifest-path=../Cargo.toml -- --color x"), "test -- | ../Cargo.toml");
+        assert_eq!(of("build --manifest-path"), "build | ");
+        assert_eq!(of("build --colors --target-directory x"), "build --colors --target-directory x | ");
     }
 
     fn build() -> Build {
