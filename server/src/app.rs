@@ -1,6 +1,7 @@
 //! The application: what the endpoints share, the routes, and what wraps every request.
 
-use std::path::Path;
+use std::ops::Deref;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -61,9 +62,12 @@ impl Default for Limits {
     }
 }
 
-/// What the endpoints share. Cheap to clone.
+/// What the endpoints share. Cheap to clone, as every layer does for every request.
 #[derive(Clone)]
-pub struct App {
+pub struct App(Arc<Shared>);
+
+/// See [`App`].
+pub struct Shared {
     /// The entries.
     pub store: Arc<dyn Store>,
     /// Who may do what.
@@ -71,26 +75,32 @@ pub struct App {
     /// What is counted.
     pub metrics: Arc<Metrics>,
     /// What bounds the work.
-    pub limits: Arc<Limits>,
+    pub limits: Limits,
     /// The directory with the clients' programs, if there is one.
-    pub clients: Option<Arc<Path>>,
-    turns: Arc<Turns>,
+    pub clients: Option<PathBuf>,
+    turns: Turns,
     message_memory: Arc<Semaphore>,
 }
 
 impl App {
     /// Puts an application together.
     #[must_use]
-    pub fn new(store: Arc<dyn Store>, gate: Arc<Gate>, metrics: Arc<Metrics>, limits: Limits) -> Self {
-        Self {
+    pub fn new(
+        store: Arc<dyn Store>,
+        gate: Arc<Gate>,
+        metrics: Arc<Metrics>,
+        limits: Limits,
+        clients: Option<PathBuf>,
+    ) -> Self {
+        Self(Arc::new(Shared {
             store,
             gate,
             metrics,
-            clients: None,
-            turns: Arc::new(Turns::new(limits.uploads, limits.requests)),
+            clients,
+            turns: Turns::new(limits.uploads, limits.requests),
             message_memory: Arc::new(Semaphore::new(MESSAGE_MEMORY_MIB as usize)),
-            limits: Arc::new(limits),
-        }
+            limits,
+        }))
     }
 
     /// A place for a request that reads or writes this namespace.
@@ -115,6 +125,14 @@ impl App {
     /// [`ApiError::OVERLOADED`] where it is not soon.
     pub async fn message_memory(&self, bytes: usize) -> Result<OwnedSemaphorePermit, ApiError> {
         acquire(&self.message_memory, mebibytes(bytes).min(MESSAGE_MEMORY_MIB), MESSAGE_WAIT).await
+    }
+}
+
+impl Deref for App {
+    type Target = Shared;
+
+    fn deref(&self) -> &Shared {
+        &self.0
     }
 }
 

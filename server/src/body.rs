@@ -25,7 +25,7 @@ use tokio::sync::mpsc;
 
 use crate::app::App;
 use crate::error::ApiError;
-use crate::store::{BlobReader, OpenBlob};
+use crate::store::{BlobReader, BlobSource, OpenBlob};
 use crate::turns::Turn;
 
 /// Pieces of a body that wait between the connection and the thread that verifies it.
@@ -235,7 +235,7 @@ impl Read for PieceReader {
     }
 }
 
-/// A response whose body is sent from `blob` in steps; `guard` lives until the last of them.
+/// A response whose body is a blob; `guard` lives until its last bytes are sent.
 pub fn blob_response<G: Send + 'static>(
     app: &App,
     blob: OpenBlob,
@@ -243,18 +243,40 @@ pub fn blob_response<G: Send + 'static>(
     guard: G,
 ) -> Response {
     let length = blob.stored_bytes;
+    let body = match blob.source {
+        BlobSource::Memory(bytes) => {
+            app.metrics.sent_bytes.inc_by(length);
+            Body::from(Bytes::from_owner(Guarded { bytes, _guard: guard }))
+        }
+        BlobSource::File(_) => steps(app, blob.into_reader(), guard),
+    };
+    let mut response = Response::new(body);
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static(media_type));
+    headers.insert(CONTENT_LENGTH, HeaderValue::from(length));
+    response
+}
+
+/// Bytes that something is to outlive.
+struct Guarded<G> {
+    bytes: Bytes,
+    _guard: G,
+}
+
+impl<G> AsRef<[u8]> for Guarded<G> {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+fn steps<G: Send + 'static>(app: &App, reader: BlobReader, guard: G) -> Body {
     let sent_bytes = app.metrics.sent_bytes.clone();
-    let steps = futures_util::stream::try_unfold(
-        (blob.into_reader(), sent_bytes, guard),
+    Body::from_stream(futures_util::stream::try_unfold(
+        (reader, sent_bytes, guard),
         async |(mut reader, sent_bytes, guard): (BlobReader, prometheus::IntCounter, G)| {
             let Some(chunk) = reader.next_chunk().await? else { return Ok::<_, io::Error>(None) };
             sent_bytes.inc_by(chunk.len() as u64);
             Ok(Some((chunk, (reader, sent_bytes, guard))))
         },
-    );
-    let mut response = Response::new(Body::from_stream(steps));
-    let headers = response.headers_mut();
-    headers.insert(CONTENT_TYPE, HeaderValue::from_static(media_type));
-    headers.insert(CONTENT_LENGTH, HeaderValue::from(length));
-    response
+    ))
 }

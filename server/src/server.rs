@@ -136,9 +136,8 @@ impl Server {
         let metrics = Arc::new(Metrics::new()?);
         let layered = Layered::new(store.clone(), Arc::clone(&options.store.policy));
         let metered = Metered::new(layered, Arc::clone(&metrics));
-        let clients = options.clients.as_deref().map(Arc::from);
-        let mut app = App::new(Arc::new(metered), Arc::new(gate), metrics, options.limits.clone());
-        app.clients = clients;
+        let (limits, clients) = (options.limits.clone(), options.clients.clone());
+        let app = App::new(Arc::new(metered), Arc::new(gate), metrics, limits, clients);
         Ok(Self { address: listener.local_addr()?, listener, metrics_listener, store, app, tls, options })
     }
 

@@ -10,7 +10,7 @@ use tower_http::services::ServeFile;
 use crate::app::App;
 use crate::error::ApiError;
 
-/// Sends the program, which is a file of that name in [`App::clients`].
+/// Sends the program, which is a file of that name in [`crate::app::Shared::clients`].
 pub async fn get(
     State(app): State<App>,
     Path(machine): Path<String>,
