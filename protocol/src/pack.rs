@@ -56,14 +56,13 @@ pub fn compress(content: &[u8], level: i32) -> io::Result<Vec<u8>> {
     encoder.finish()
 }
 
-/// A decompressing reader that hashes and counts what it yields.
-pub struct Decompressor<R: Read> {
+/// A decompressing reader that counts what it yields.
+pub struct Contents<R: Read> {
     inner: io::Take<zstd::Decoder<'static, BufReader<R>>>,
-    hasher: blake3::Hasher,
     limit_bytes: u64,
 }
 
-impl<R: Read> Decompressor<R> {
+impl<R: Read> Contents<R> {
     /// Reads zstd frames from `compressed`, of at most `limit_bytes` content.
     ///
     /// # Errors
@@ -72,14 +71,43 @@ impl<R: Read> Decompressor<R> {
     pub fn new(compressed: R, limit_bytes: u64) -> io::Result<Self> {
         let mut decoder = zstd::Decoder::new(compressed)?;
         decoder.window_log_max(MAX_WINDOW_LOG)?;
-        let inner = decoder.take(limit_bytes.saturating_add(1));
-        Ok(Self { inner, hasher: blake3::Hasher::new(), limit_bytes })
+        Ok(Self { inner: decoder.take(limit_bytes.saturating_add(1)), limit_bytes })
     }
 
     /// Content bytes that were read so far.
     #[must_use]
     pub fn content_bytes(&self) -> u64 {
         self.limit_bytes.saturating_add(1) - self.inner.limit()
+    }
+}
+
+impl<R: Read> Read for Contents<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.inner.read(buffer)?;
+        if self.content_bytes() > self.limit_bytes {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "more content than announced"));
+        }
+        Ok(count)
+    }
+}
+
+/// [`Contents`] that are hashed as a whole.
+pub struct Decompressor<R: Read> {
+    contents: Contents<R>,
+    hasher: blake3::Hasher,
+}
+
+impl<R: Read> Decompressor<R> {
+    /// # Errors
+    /// As [`Contents::new`].
+    pub fn new(compressed: R, limit_bytes: u64) -> io::Result<Self> {
+        Ok(Self { contents: Contents::new(compressed, limit_bytes)?, hasher: blake3::Hasher::new() })
+    }
+
+    /// Content bytes that were read so far.
+    #[must_use]
+    pub fn content_bytes(&self) -> u64 {
+        self.contents.content_bytes()
     }
 
     /// Reads what is left, and returns digest and length of the whole content.
@@ -94,10 +122,7 @@ impl<R: Read> Decompressor<R> {
 
 impl<R: Read> Read for Decompressor<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let count = self.inner.read(buffer)?;
-        if self.content_bytes() > self.limit_bytes {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "more content than announced"));
-        }
+        let count = self.contents.read(buffer)?;
         self.hasher.update(&buffer[..count]);
         Ok(count)
     }

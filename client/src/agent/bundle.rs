@@ -6,21 +6,21 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{self, BufWriter, Read, Seek, SeekFrom};
 use std::path::PathBuf;
 
-use cachec_protocol::pack::{self, Decompressor, Length, UPLOAD_LEVEL};
+use cachec_protocol::pack::{self, Contents, Length, UPLOAD_LEVEL};
 use cachec_protocol::{Digest, Input, InputKind, InputSet, Output, OutputKind, Pack, StoredResult};
 use tempfile::SpooledTempFile;
 
 /// Uncompressed; programs over it are left out.
 const MAX_CONTENT_BYTES: u64 = 256 << 20;
 
-/// A bundle or a pack up to this size waits in memory, a larger one in a file.
+/// A bundle or a program up to this size waits in memory, a larger one in a file.
 const SPOOL_BYTES: usize = 64 << 10;
 
-/// A pack that was taken out of its bundle waits a moment, and is read once.
-const PASSING_LEVEL: i32 = -5;
+/// Bytes that are hashed and written at a time.
+const STEP_BYTES: usize = 256 << 10;
 
 /// A build script's program that is alone in its pack.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -134,7 +134,7 @@ pub(super) fn is_of(record: &StoredResult, programs: &[ScriptProgram]) -> bool {
     bundled == programs.iter().map(|program| program.pack).collect()
 }
 
-/// Takes a bundle apart: `place` gets each pack as if it had come by itself.
+/// Takes a bundle apart: `place` gets the content of each pack, at its beginning.
 ///
 /// # Errors
 /// Those of reading, `InvalidData` for other or more content than a bundle has, and those of the temporary files.
@@ -146,15 +146,15 @@ pub(super) fn take_apart(
     if record.packed_bytes() > MAX_CONTENT_BYTES {
         return Err(io::Error::from(io::ErrorKind::InvalidData));
     }
-    let mut content = Decompressor::new(compressed, record.packed_bytes())?;
+    let mut content = Contents::new(compressed, record.packed_bytes())?;
     for output in record.packed() {
         let mut part = Hashing::new((&mut content).take(output.size_bytes));
-        let mut encoder = zstd::Encoder::new(SpooledTempFile::new(SPOOL_BYTES), PASSING_LEVEL)?;
-        io::copy(&mut part, &mut encoder)?;
+        let mut spool = BufWriter::with_capacity(STEP_BYTES, SpooledTempFile::new(SPOOL_BYTES));
+        io::copy(&mut part, &mut spool)?;
         part.check(&output.digest)?;
-        let mut pack = encoder.finish()?;
-        pack.seek(SeekFrom::Start(0))?;
-        place(output.digest, pack);
+        let mut program = spool.into_inner()?;
+        program.seek(SeekFrom::Start(0))?;
+        place(output.digest, program);
     }
     Ok(())
 }
@@ -164,6 +164,7 @@ mod tests {
     use std::collections::{HashMap, HashSet};
     use std::path::Path;
 
+    use cachec_protocol::pack::Decompressor;
     use cachec_protocol::{ActionKey, BuildRecord};
 
     use super::*;
@@ -205,8 +206,7 @@ mod tests {
             .unwrap();
         assert_eq!(packs.len(), 4);
         for program in programs {
-            let content = Decompressor::new(packs[&program.pack].as_slice(), program.size_bytes).unwrap();
-            assert_eq!(content.finish().unwrap(), (program.pack, program.size_bytes));
+            assert_eq!(Digest::of(&packs[&program.pack]), program.pack);
         }
         let whole = Decompressor::new(compressed.as_slice(), record.packed_bytes()).unwrap();
         assert_eq!(whole.finish().unwrap().0, pack.digest);

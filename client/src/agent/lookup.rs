@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 
 use cachec_protocol::StoredResult;
 use cachec_protocol::message::PublishRequest;
-use tempfile::SpooledTempFile;
+use cachec_protocol::pack::Contents;
 use tokio_util::io::{StreamReader, SyncIoBridge};
 
-use super::prefetch::{Announced, Build};
+use super::prefetch::{Announced, Arrived, Build};
 use super::restore::{self, Restored};
 use super::{Agent, deferral};
 use crate::inputs::{self, Files};
@@ -201,10 +201,13 @@ async fn stage(
     agent: &Arc<Agent>,
     unit: &Arc<Unit>,
     result: &StoredResult,
-    pack: SpooledTempFile,
+    pack: Arrived,
 ) -> io::Result<Restored> {
     let (agent, unit, result) = (Arc::clone(agent), Arc::clone(unit), result.clone());
-    let staging = move || restore::from_pack(&unit, &result, pack, agent.local.as_ref(), &agent.memo);
+    let staging = move || {
+        let content = pack.content(result.packed_bytes())?;
+        restore::from_pack(&unit, &result, content, agent.local.as_ref(), &agent.memo)
+    };
     tokio::task::spawn_blocking(staging).await.map_err(io::Error::other)?
 }
 
@@ -225,7 +228,8 @@ async fn fetch(
         }));
         let reader = SyncIoBridge::new(Box::pin(chunks));
         tokio::task::spawn_blocking(move || {
-            restore::from_pack(&unit, &result, reader, agent.local.as_ref(), &agent.memo)
+            let content = Contents::new(reader, result.packed_bytes())?;
+            restore::from_pack(&unit, &result, content, agent.local.as_ref(), &agent.memo)
         })
     };
     forward(stream, sender).await;

@@ -14,7 +14,7 @@
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
 use std::fs;
-use std::io::{self, Seek, SeekFrom, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -23,7 +23,7 @@ use std::time::Duration;
 use cachec_protocol::codec::Message;
 use cachec_protocol::frame::{Frame, HEADER_BYTES, MAGIC};
 use cachec_protocol::message::{LookupResponse, Manifest};
-use cachec_protocol::pack::Decompressor;
+use cachec_protocol::pack::Contents;
 use cachec_protocol::{ActionKey, BuildAction, BuildEntry, BuildRecord, Digest, StoredResult, decode};
 use serde::Deserialize;
 use tempfile::SpooledTempFile;
@@ -110,7 +110,7 @@ impl Progress {
 struct State {
     manifests: HashMap<ActionKey, Manifest>,
     /// Packs that are on their way, or here.
-    packs: HashMap<Digest, Option<SpooledTempFile>>,
+    packs: HashMap<Digest, Option<Arrived>>,
     /// Packs that the first stream is not to bring; see [`Build::fetch_rest`].
     left_out: HashSet<Digest>,
     /// What the last build has left, or this one, and the result that keeps it.
@@ -138,11 +138,33 @@ pub(super) struct NewRecord {
     pub(super) programs: Vec<ScriptProgram>,
 }
 
+/// A pack that is here, at its beginning.
+#[derive(Debug)]
+pub(super) enum Arrived {
+    /// As zstd frames.
+    Frames(SpooledTempFile),
+    /// What is in it, from a bundle.
+    Content(SpooledTempFile),
+}
+
+impl Arrived {
+    /// What is in it, of at most so many bytes.
+    ///
+    /// # Errors
+    /// As [`Contents::new`].
+    pub(super) fn content(self, limit_bytes: u64) -> io::Result<Box<dyn Read>> {
+        Ok(match self {
+            Self::Frames(frames) => Box::new(Contents::new(frames, limit_bytes)?),
+            Self::Content(content) => Box::new(content),
+        })
+    }
+}
+
 /// A pack that may have been announced.
 #[derive(Debug)]
 pub(super) enum Announced {
-    /// Here it is, at its beginning.
-    Here(SpooledTempFile),
+    /// Here it is.
+    Here(Arrived),
     /// It is not going to come by this way.
     No,
     /// It is still on its way, and the compiler would be done by now.
@@ -328,8 +350,8 @@ impl Build {
                     match self.bundle(&digest) {
                         Some(record) => reader = self.take_apart(record, reader, body_bytes).await?,
                         None => {
-                            let pack = spool(&mut reader, body_bytes).await?;
-                            self.place(digest, pack);
+                            let frames = spool(&mut reader, body_bytes).await?;
+                            self.place(digest, Arrived::Frames(frames));
                         }
                     }
                 }
@@ -350,7 +372,7 @@ impl Build {
         self.state().bundle.take_if(|record| record.pack.is_some_and(|pack| pack.digest == *digest))
     }
 
-    fn place(&self, digest: Digest, pack: SpooledTempFile) {
+    fn place(&self, digest: Digest, pack: Arrived) {
         if let Some(place) = self.state().packs.get_mut(&digest) {
             *place = Some(pack);
         }
@@ -367,7 +389,7 @@ impl Build {
         let build = Arc::clone(self);
         let taking_apart = move || {
             let mut body = SyncIoBridge::new(reader.take(body_bytes));
-            let placing = |digest, pack| build.place(digest, pack);
+            let placing = |digest, content| build.place(digest, Arrived::Content(content));
             if let Err(error) = bundle::take_apart(&record, &mut body, placing) {
                 tracing::info!("a bundle is of no use: {error}");
                 build.give_up(&record);
@@ -434,9 +456,9 @@ fn malformed() -> io::Error {
 }
 
 fn decode_manifests(compressed: &[u8]) -> io::Result<LookupResponse> {
-    let mut content = Decompressor::new(compressed, LookupResponse::LIMIT_BYTES as u64)?;
+    let mut content = Contents::new(compressed, LookupResponse::LIMIT_BYTES as u64)?;
     let mut encoded = Vec::new();
-    io::Read::read_to_end(&mut content, &mut encoded)?;
+    content.read_to_end(&mut encoded)?;
     decode(&encoded).map_err(io::Error::other)
 }
 
@@ -596,7 +618,7 @@ mod tests {
     async fn a_pack_is_waited_for_no_longer_than_its_compile_takes() {
         let build = build();
         let (near, far, unknown) = (Digest::of(b"near"), Digest::of(b"far"), Digest::of(b"unknown"));
-        build.state().packs.insert(near, Some(SpooledTempFile::new(1)));
+        build.state().packs.insert(near, Some(Arrived::Frames(SpooledTempFile::new(1))));
         build.state().packs.insert(far, None);
         build.progress.send_modify(|progress| (progress.started, progress.streams) = (true, 1));
         assert!(matches!(build.pack(&near, 0).await, Announced::Here(_)));
