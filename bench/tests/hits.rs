@@ -115,6 +115,13 @@ fn a_fresh_machine_asks_once_and_later_for_what_has_changed() -> Result<()> {
     assert!(requests <= 5, "{requests} requests");
     assert_eq!(build(&fresh()?)?, (vec![], 1));
     assert_eq!(project.run_app()?, "second middle one unset");
+    // From elsewhere it is the same build.
+    project.wipe()?;
+    let (before, manifest) = (server.requests()?, project.root.join("Cargo.toml"));
+    let arguments = ["build", "-j1", "--manifest-path", &manifest.to_string_lossy()];
+    let named = fresh()?.cargo(directory.path(), &arguments)?;
+    assert!(named.success && named.compiled.is_empty(), "{}", named.stderr);
+    assert_eq!(server.requests()? - before, 1);
     Ok(())
 }
 

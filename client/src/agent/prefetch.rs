@@ -16,7 +16,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -176,11 +176,14 @@ impl Build {
     fn of_cargo(cargo: u32) -> Option<Self> {
         let words = fs::read(format!("/proc/{cargo}/cmdline")).ok()?;
         let directory = fs::read_link(format!("/proc/{cargo}/cwd")).ok()?;
-        let (arguments, manifest) = what_is_built(words.split(|byte| *byte == 0).skip(1));
-        let manifest = directory.join(manifest.unwrap_or(Path::new("Cargo.toml")));
-        let lock =
-            manifest.ancestors().map(|path| path.with_file_name("Cargo.lock")).find(|file| file.is_file());
-        let packages = own_packages(&lock?)?;
+        let (mut arguments, manifest) = what_is_built(words.split(|byte| *byte == 0).skip(1));
+        let (lock, package) = manifest
+            .and_then(|manifest| lock_above(&directory.join(manifest.parent()?)))
+            .or_else(|| lock_above(&directory))?;
+        let packages = own_packages(&lock)?;
+        // The packages of a workspace are built one at a time from their own directories.
+        arguments
+            .extend(package.map(|package| [b"--manifest-path=", package.as_os_str().as_bytes()].concat()));
         let machine = format!("{} {}", std::env::consts::ARCH, std::env::consts::OS);
         let key = BuildAction { packages: &packages, arguments: &arguments, machine: &machine }.key();
         Some(Self {
@@ -480,6 +483,14 @@ async fn spool(reader: &mut (impl AsyncRead + Unpin), body_bytes: u64) -> io::Re
     Ok(pack)
 }
 
+/// The `Cargo.lock` of a directory or one above it, and the way from there, if there is any.
+fn lock_above(directory: &Path) -> Option<(PathBuf, Option<PathBuf>)> {
+    let directory = fs::canonicalize(directory).ok()?;
+    let root = directory.ancestors().find(|directory| directory.join("Cargo.lock").is_file())?;
+    let way = directory.strip_prefix(root).ok().filter(|way| !way.as_os_str().is_empty());
+    Some((root.join("Cargo.lock"), way.map(Path::to_owned)))
+}
+
 /// Names of a `Cargo.lock`'s packages that come from nowhere else: the workspace's own, sorted.
 fn own_packages(lock: &Path) -> Option<Vec<String>> {
     #[derive(Deserialize)]
@@ -518,6 +529,11 @@ fn what_is_built<'w>(words: impl Iterator<Item = &'w [u8]>) -> (Vec<Vec<u8>>, Op
     let (mut arguments, mut manifest) = (Vec::new(), None);
     let mut words = words.filter(|word| !word.is_empty() && !plain.contains(word));
     while let Some(word) = words.next() {
+        if word == b"--" {
+            // What follows is for the program.
+            arguments.extend(words.map(<[u8]>::to_vec));
+            break;
+        }
         // `--name value`, `--name=value` or `-j4`.
         let is_its = |name: &&[u8]| {
             let rest = word.strip_prefix(*name);
@@ -554,6 +570,20 @@ mod tests {
     }
 
     #[test]
+    fn a_package_is_told_from_others_of_its_workspace_wherever_that_is() {
+        let directory = tempfile::tempdir().unwrap();
+        let root = fs::canonicalize(directory.path()).unwrap();
+        let member = root.join("w/a/src");
+        fs::create_dir_all(&member).unwrap();
+        assert!(lock_above(&member).is_none() && lock_above(&root.join("absent")).is_none());
+        let lock = root.join("w/Cargo.lock");
+        fs::write(&lock, "").unwrap();
+        assert_eq!(lock_above(&root.join("w")), Some((lock.clone(), None)));
+        assert_eq!(lock_above(&root.join("w/a")), Some((lock.clone(), Some("a".into()))));
+        assert_eq!(lock_above(&member.join("..")), Some((lock, Some("a".into()))));
+    }
+
+    #[test]
     fn how_and_where_something_is_built_is_left_out() {
         let of = |line: &str| {
             let line = line.replace(' ', "\0");
@@ -565,7 +595,8 @@ mod tests {
         assert_eq!(of("build -j 4 -q --release"), "build --release | ");
         assert_eq!(of("build -j4 --jobs=2 --color never --locked"), "build | ");
         assert_eq!(of("test --manifest-path a/Cargo.toml --target-dir=/t -p x"), "test -p x | a/Cargo.toml");
-        assert_eq!(of("test --manifest-path=../Cargo.toml -- --color x"), "test -- | ../Cargo.toml");
+        assert_eq!(of("test --manifest-path=../Cargo.toml"), "test | ../Cargo.toml");
+        assert_eq!(of("run -- --manifest-path x"), "run --manifest-path x | ");
         assert_eq!(of("build --manifest-path"), "build | ");
         assert_eq!(of("build --colors --target-directory x"), "build --colors --target-directory x | ");
     }

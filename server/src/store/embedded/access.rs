@@ -33,9 +33,9 @@ impl Engine {
         }
     }
 
-    /// Counts entries as used now, where no batch is due; says whether it could.
+    /// Counts entries as used now, where no batch is due and nobody has to be waited for; says whether it could.
     pub(super) fn touch_now(&self, entries: Vec<Entry>) -> bool {
-        let mut touches = self.touches();
+        let Ok(mut touches) = self.touches.try_lock() else { return false };
         let has_room = touches.len() + entries.len() < MAX_WAITING;
         if has_room {
             touches.extend(entries.into_iter().map(|entry| (entry, self.next_sequence())));
@@ -49,7 +49,8 @@ impl Engine {
 
     /// Applies all accesses that wait. Lock order: ledger, then touches.
     pub(super) fn apply_touches(&self, ledger: &mut Ledger) -> Result<(), StoreError> {
-        let waiting: Vec<(Entry, u64)> = std::mem::take(&mut *self.touches()).into_iter().collect();
+        let waiting = std::mem::take(&mut *self.touches());
+        let waiting: Vec<(Entry, u64)> = waiting.into_iter().collect();
         for touches in waiting.chunks(MAX_WAITING) {
             self.apply(ledger, touches)?;
         }

@@ -34,8 +34,10 @@ impl Engine {
             }
             BlobHome::File(_) | BlobHome::Lost => return None,
         };
-        let is_noted = self.touch_now(vec![Entry::blob(key)]);
-        is_noted.then_some(OpenBlob { stored_bytes: row.stored_bytes, source: BlobSource::Memory(data) })
+        // It may be another upload's by now.
+        let is_its = data.len() as u64 == row.stored_bytes;
+        (is_its && self.touch_now(vec![Entry::blob(key)]))
+            .then_some(OpenBlob { stored_bytes: row.stored_bytes, source: BlobSource::Memory(data) })
     }
 
     /// The answer to a lookup, if there is little to it and all of it is in memory.
@@ -122,8 +124,9 @@ mod tests {
     async fn lookups_of_what_was_just_published_do_not_change_threads() {
         let directory = tempfile::tempdir().unwrap();
         let (store, namespace) = new_store(directory.path());
-        let keys: Vec<ActionKey> = (0..40).map(|number| ActionKey::from_bytes([number; 32])).collect();
-        for action_key in &keys[1..] {
+        let keys: Vec<ActionKey> = (0..60).map(|number| ActionKey::from_bytes([number; 32])).collect();
+        let (present, absent) = keys.split_at(20);
+        for action_key in present {
             let publication = Publication {
                 namespace: namespace.clone(),
                 result_key: ResultKey::from_bytes(*action_key.as_bytes()),
@@ -137,13 +140,11 @@ mod tests {
         let found = |keys: &[ActionKey], limit_bytes| {
             Some(store.engine.lookup_cached(&namespace, keys, limit_bytes)?.len())
         };
-        // The first is nowhere; of what follows, there are many keys, many bytes, and few that may be sent.
-        assert_eq!(found(&keys[..10], 1 << 20), Some(9));
-        assert_eq!(
-            (found(&keys, 1 << 20), found(&keys[..20], 1 << 20), found(&keys[..10], 100_000)),
-            (None, None, None)
-        );
-        assert_eq!(store.lookup(namespace.clone(), keys.clone(), 1 << 20).await.unwrap().len(), 39);
+        let some_of = |count: usize| [&present[..5], &absent[..count - 5]].concat();
+        assert_eq!((found(&some_of(32), 1 << 20), found(&some_of(33), 1 << 20)), (Some(5), None));
+        // Many bytes, and fewer that may be sent.
+        assert_eq!((found(present, 1 << 20), found(&present[..10], 100_000)), (None, None));
+        assert_eq!(store.lookup(namespace.clone(), keys.clone(), 1 << 20).await.unwrap().len(), 20);
         assert_eq!(store.lookup(namespace, keys, 100_000).await.unwrap().len(), 4);
     }
 

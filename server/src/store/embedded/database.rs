@@ -21,7 +21,7 @@ use rocksdb::{
 
 use super::migration;
 use super::rows::{self, FORMAT_VERSION, ScrubRow, Totals};
-use crate::store::StoreError;
+use crate::store::{CHUNK_BYTES, StoreError};
 
 /// Memory that all column families share for blocks that were read.
 const BLOCK_CACHE_BYTES: usize = 64 << 20;
@@ -94,7 +94,7 @@ impl Family {
 pub(super) enum Whereabouts {
     /// From disk, if need be.
     Anywhere,
-    /// From memory, without waiting for anything.
+    /// From memory, what is short, without waiting for anything.
     Memory,
 }
 
@@ -202,7 +202,7 @@ impl Database {
         self.get_from(Whereabouts::Anywhere, family, key)
     }
 
-    /// A value as it is stored. That it cannot be told from memory alone is an error.
+    /// A value as it is stored. That it cannot be told from memory alone, or is long, is an error there.
     pub(super) fn get_from(
         &self,
         whereabouts: Whereabouts,
@@ -217,7 +217,13 @@ impl Database {
                 Open(self.db.try_read().map_err(|_| StoreError::Read(io::ErrorKind::WouldBlock.into()))?)
             }
         };
-        open.db()?.get_cf_opt(open.family(family)?, key, &options).map_err(StoreError::database_read)
+        let value = open.db()?.get_pinned_cf_opt(open.family(family)?, key, &options);
+        let value = value.map_err(StoreError::database_read)?;
+        let is_long = value.as_ref().is_some_and(|value| value.len() > CHUNK_BYTES);
+        if matches!(whereabouts, Whereabouts::Memory) && is_long {
+            return Err(StoreError::Read(io::ErrorKind::WouldBlock.into()));
+        }
+        Ok(value.map(|value| value.to_vec()))
     }
 
     /// A value that is in memory, if it is.

@@ -295,7 +295,8 @@ impl Engine {
                 self.touch([Entry::blob(key)]);
                 return Ok(Some(OpenBlob { stored_bytes: row.stored_bytes, source }));
             }
-            if self.blob_row(key)?.is_some_and(|now| now.home == row.home) {
+            let same = |now: BlobRow| (now.home, now.stored_bytes) == (row.home, row.stored_bytes);
+            if self.blob_row(key)?.is_some_and(same) {
                 tracing::error!(?row, "a blob's data is missing or cut; it counts as absent from now on");
                 self.mark_lost(key, &row)?;
             }
@@ -304,7 +305,7 @@ impl Engine {
 
     /// Where a blob's frames are; `None` where they are missing, or of another length than its row says.
     fn source(&self, key: &[u8], row: &BlobRow) -> Result<Option<BlobSource>, StoreError> {
-        Ok(match row.home {
+        let source = match row.home {
             BlobHome::Inline => {
                 let data = self.database.get(Family::BlobData, key)?;
                 data.map(|data| BlobSource::Memory(Bytes::from(data)))
@@ -314,7 +315,9 @@ impl Engine {
                 file.map(|file| whole_or_file(file, row.stored_bytes)).transpose()?
             }
             BlobHome::Lost => None,
-        })
+        };
+        let is_whole = |bytes: &Bytes| bytes.len() as u64 == row.stored_bytes;
+        Ok(source.filter(|source| !matches!(source, BlobSource::Memory(bytes) if !is_whole(bytes))))
     }
 
     /// Opens the database again where it failed to write, as soon as the disk has room.
