@@ -10,6 +10,7 @@
 //! leaf mutexes; none is held across another or across an `await`.
 
 mod bundle;
+mod cargo_command;
 mod deferral;
 mod gates;
 mod launcher;
